@@ -1,0 +1,28 @@
+"""Number formats of weights, gradients and matrix products."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from conf.schema.errors import ConfigError
+
+RECIPES = ("tensorwise", "blockwise", "delayed")
+
+
+@dataclass
+class PrecisionConfig:
+    """`params` is the compute dtype; FP8 applies to the language model only."""
+
+    params: str = "fp32"  # fp32 | bf16
+    fp8_recipe: Optional[str] = None  # tensorwise | blockwise | delayed
+    grad_reduce_in_fp32: bool = True
+
+    def check(self) -> None:
+        if self.params not in ("fp32", "bf16"):
+            raise ConfigError(f"precision.params={self.params!r} is neither fp32 nor bf16")
+        if self.fp8_recipe is not None:
+            if self.fp8_recipe not in RECIPES:
+                raise ConfigError(
+                    f"precision.fp8_recipe={self.fp8_recipe!r} is none of {', '.join(RECIPES)}"
+                )
+            if self.params != "bf16":
+                raise ConfigError("precision.fp8_recipe needs precision.params=bf16")
