@@ -14,6 +14,7 @@ class SourceConfig:
     input: str  # glob of Parquet or JSONL files
     format: str = "parquet"
     licence: str = "unknown"
+    preference: bool = False  # its samples carry a chosen and a rejected answer
     # our field -> their column, for fields named otherwise: messages, images, chosen, rejected
     columns: dict[str, str] = field(default_factory=dict)
 

@@ -34,10 +34,11 @@ class VisionConfig:
         return self.feature_layer
 
     def check(self) -> None:
-        if self.image_size % self.patch_size:
+        # Not a multiple is allowed: SigLIP's patch14-384 leaves the last 6 pixels unused.
+        if not 1 <= self.patch_size <= self.image_size:
             raise ConfigError(
-                f"model.vision.image_size={self.image_size} is not a multiple of "
-                f"model.vision.patch_size={self.patch_size}; change one of them"
+                f"model.vision.patch_size={self.patch_size} is not between 1 and "
+                f"model.vision.image_size={self.image_size}"
             )
         if self.hidden_size % self.heads:
             raise ConfigError(
