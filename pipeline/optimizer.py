@@ -1,0 +1,78 @@
+"""Megatron's AdamW and its learning-rate schedule, one peak rate per module."""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from conf.schema import ParallelConfig, PrecisionConfig, StageConfig
+from pipeline.stages import MODULE_PATTERNS, trainable_modules
+
+
+def build_optimizer(
+    model: torch.nn.Module, stage: StageConfig, parallel: ParallelConfig, precision: PrecisionConfig
+) -> MegatronOptimizer:
+    """AdamW over the parameters that require gradients.
+
+    Biases and other vectors are not decayed (Megatron's standard rule); each module of
+    `stage.lr` gets its own peak and floor rate.
+    """
+    from megatron.core.optimizer import get_standard_config_overrides
+
+    bf16 = precision.params == "bf16"
+    recipe = stage.optimizer
+    peak = max(stage.lr.vision, stage.lr.connector, stage.lr.language)
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=peak,
+        min_lr=peak * recipe.min_lr_ratio,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.beta1,
+        adam_beta2=recipe.beta2,
+        adam_eps=recipe.eps,
+        clip_grad=recipe.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    overrides: dict[ParamKey, Any] = dict(get_standard_config_overrides(config))
+    for name in sorted(trainable_modules(stage.lr)):
+        rate = getattr(stage.lr, name)
+        overrides[ParamKey(name=MODULE_PATTERNS[name])] = {
+            "max_lr": rate,
+            "min_lr": rate * recipe.min_lr_ratio,
+        }
+    return get_megatron_optimizer(config, [model], config_overrides=overrides)
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, stage: StageConfig, steps: int
+) -> OptimizerParamScheduler:
+    """Linear warmup from zero, then decay to the floor at the last step."""
+    recipe = stage.optimizer
+    peak = max(stage.lr.vision, stage.lr.connector, stage.lr.language)
+    warmup = min(round(recipe.warmup_ratio * steps), steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=peak,
+        min_lr=peak * recipe.min_lr_ratio,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
+        lr_decay_style=recipe.schedule,
+        start_wd=recipe.weight_decay,
+        end_wd=recipe.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def learning_rates(optimizer: MegatronOptimizer) -> list[float]:
+    """The distinct rates now in force, highest first."""
+    return sorted({float(group["lr"]) for group in optimizer.param_groups}, reverse=True)
