@@ -1,0 +1,321 @@
+"""Refuse, before anything starts, a configuration that cannot run.
+
+Each rule yields what is wrong and what to change; `check` reports all of them at once.  No torch
+here: a submit command checks too, and a job passes in what it found as `Hardware`.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from conf.schema import Config
+from conf.schema.errors import ConfigError
+from models.anyres import AnyresGeometry
+
+# Least room beside the largest image for the chat template, a question and an answer, in tokens.
+TEXT_ROOM = 64
+# FP8 matrix products need rows and columns in multiples of this (Transformer Engine asserts 8 and 16,
+# megatron.core.fp8_utils.get_fp8_align_size pads to 16); blockwise scales are shared by 128 values.
+FP8_ROWS = 16
+FP8_COLUMNS = {"tensorwise": 16, "delayed": 16, "blockwise": 128}
+FP8_CAPABILITY = (8, 9)
+LAST_STAGE = 3
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a job found on its node."""
+
+    cuda: bool
+    capability: tuple[int, int] | None = None  # of the first GPU
+    transformer_engine: bool = False
+
+
+Rule = Callable[[Config, Hardware | None], Iterator[str]]
+
+
+def check(config: Config, hardware: Hardware | None = None) -> None:
+    """Raise ConfigError listing every reason why `config` cannot run and what to change.
+
+    `hardware` is None where the job will run elsewhere; `config.cluster` then answers for it.
+    """
+    # Without these the other rules would divide by zero.
+    reasons = list(_positive(config))
+    if not reasons:
+        parts = (
+            config.model,
+            config.parallel,
+            config.precision,
+            config.stage,
+            config.data,
+            config.cluster,
+        )
+        for part in parts:
+            try:
+                part.check()
+            except ConfigError as error:
+                reasons.append(str(error))
+        for rule in RULES:
+            reasons.extend(reason for reason in rule(config, hardware) if reason not in reasons)
+    if len(reasons) == 1:
+        raise ConfigError(reasons[0])
+    if reasons:
+        listed = " ".join(f"({number}) {reason}." for number, reason in enumerate(reasons, 1))
+        raise ConfigError(f"{len(reasons)} things to change: {listed}")
+
+
+def _positive(config: Config) -> Iterator[str]:
+    model, stage, parallel = config.model, config.stage, config.parallel
+    named = {
+        **{f"model.vision.{k}": v for k, v in vars(model.vision).items() if k != "feature_layer"},
+        **{f"model.text.{k}": v for k, v in vars(model.text).items()},
+        **{f"parallel.{k}": getattr(parallel, k) for k in ("world_size", "tensor", "pipeline")},
+        "parallel.context": parallel.context,
+        "stage.sequence_length": stage.sequence_length,
+        "stage.global_batch_size": stage.global_batch_size,
+        "stage.micro_batch_size": stage.micro_batch_size,
+        "stage.document_multiple": stage.document_multiple,
+        "stage.log_every": stage.log_every,
+        "stage.optimizer.eps": stage.optimizer.eps,
+        "stage.optimizer.clip_grad": stage.optimizer.clip_grad,
+        "data.shard_bytes": config.data.shard_bytes,
+        "data.max_pixels": config.data.max_pixels,
+        "data.build_workers": config.data.build_workers,
+        "cluster.threads_per_rank": config.cluster.threads_per_rank,
+    }
+    for name, value in named.items():
+        if not value > 0:
+            yield f"{name}={value}: it must be positive"
+    for name in ("steps", "epochs", "max_tiles_per_pack"):
+        value = getattr(stage, name)
+        if value is not None and not value > 0:
+            yield f"stage.{name}={value}: it must be positive, or null"
+
+
+def _tensor(config: Config, _: Hardware | None) -> Iterator[str]:
+    """Every matrix that Megatron splits must split evenly."""
+    text, vision, tensor = config.model.text, config.model.vision, config.parallel.tensor
+    split = {
+        "model.text.heads": text.heads,
+        "model.text.kv_heads": text.kv_heads,
+        "model.text.intermediate_size": text.intermediate_size,
+        "model.text.vocab_size": text.vocab_size,
+        "model.vision.heads": vision.heads,
+        "model.vision.intermediate_size": vision.intermediate_size,
+        # The connector's first matrix has as many columns as the decoder is wide.
+        "model.text.hidden_size (the connector)": text.hidden_size,
+    }
+    for name, size in split.items():
+        if size % tensor:
+            most = max(n for n in range(1, tensor) if all(s % n == 0 for s in split.values()))
+            yield (
+                f"{name}={size} is not divisible by parallel.tensor={tensor}; "
+                f"use parallel.tensor={most} or change the size"
+            )
+
+
+def _pipeline(config: Config, _: Hardware | None) -> Iterator[str]:
+    layers, parallel = config.model.text.layers, config.parallel
+    if parallel.pipeline_layers is None:
+        if layers % parallel.pipeline:
+            yield (
+                f"model.text.layers={layers} is not divisible by parallel.pipeline="
+                f"{parallel.pipeline}; list the layers of each stage in parallel.pipeline_layers"
+            )
+    elif sum(parallel.pipeline_layers) != layers:
+        yield (
+            f"parallel.pipeline_layers={parallel.pipeline_layers} sums to "
+            f"{sum(parallel.pipeline_layers)}, but model.text.layers={layers}"
+        )
+    elif min(parallel.pipeline_layers) < 1:
+        yield f"parallel.pipeline_layers={parallel.pipeline_layers}: each stage needs a layer"
+
+
+def _batch(config: Config, _: Hardware | None) -> Iterator[str]:
+    stage, parallel = config.stage, config.parallel
+    packs = stage.micro_batch_size * parallel.data
+    if packs and stage.global_batch_size % packs:
+        yield (
+            f"stage.global_batch_size={stage.global_batch_size} is not a multiple of "
+            f"stage.micro_batch_size * replicas = {stage.micro_batch_size} * {parallel.data}; "
+            f"use a multiple of {packs}"
+        )
+    if parallel.context > 1 and stage.document_multiple % (2 * parallel.context):
+        yield (
+            f"stage.document_multiple={stage.document_multiple} is not a multiple of "
+            f"2 * parallel.context = {2 * parallel.context}; set it to one"
+        )
+    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    if stage.sequence_length % ranks:
+        yield (
+            f"stage.sequence_length={stage.sequence_length} is not a multiple of {ranks}, the ranks "
+            "that share a sequence (parallel.context, times parallel.tensor with "
+            "parallel.sequence_parallel); round it up"
+        )
+
+
+def _overlap(config: Config, _: Hardware | None) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        yield "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true"
+
+
+def _image_fits(config: Config, _: Hardware | None) -> Iterator[str]:
+    """One pack must hold the largest image with some text; for DPO, once for each answer."""
+    stage = config.stage
+    try:
+        geometry = AnyresGeometry.from_model(config.model)
+    except ValueError as error:
+        yield str(error)
+        return
+    image = geometry.max_tokens()
+    documents = 2 if stage.objective == "dpo" else 1
+    needed = documents * (image + TEXT_ROOM)
+    if stage.sequence_length < needed:
+        each = " for each of a pair's answers" if documents == 2 else ""
+        yield (
+            f"stage.sequence_length={stage.sequence_length} is shorter than the largest image "
+            f"({image} tokens) and {TEXT_ROOM} tokens of text{each}; use at least {needed}, or "
+            "lower model.max_tiles"
+        )
+    tiles = 1 + max(h * w // geometry.tile**2 for h, w in geometry.pinpoints)
+    if stage.max_tiles_per_pack is not None and stage.max_tiles_per_pack < tiles:
+        yield (
+            f"stage.max_tiles_per_pack={stage.max_tiles_per_pack} is less than the {tiles} tiles of "
+            "the largest image; raise it, or lower model.max_tiles"
+        )
+
+
+def _stage(config: Config, _: Hardware | None) -> Iterator[str]:
+    stage, optimizer = config.stage, config.stage.optimizer
+    if not 1 <= stage.number <= LAST_STAGE:
+        yield f"stage.number={stage.number} is none of 1, 2, 3"
+    elif stage.name != f"stage{stage.number}":
+        yield (
+            f"stage.name={stage.name!r} does not go with stage.number={stage.number}; "
+            f"name it stage{stage.number}"
+        )
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            yield f"stage.optimizer.{name}={getattr(optimizer, name)} is not in [0, 1)"
+    if optimizer.weight_decay < 0:
+        yield f"stage.optimizer.weight_decay={optimizer.weight_decay} is negative"
+    if stage.seed < 0:
+        yield f"stage.seed={stage.seed} is negative"
+
+
+def _mix(config: Config, _: Hardware | None) -> Iterator[str]:
+    """The stage has a mix, whose sources carry the answers that its objective needs."""
+    stage, data = config.stage, config.data
+    if stage.name not in data.mix:
+        yield f"data.mix has no {stage.name}; add +data.mix.{stage.name}={{SOURCE: WEIGHT}}"
+        return
+    wants_pairs = stage.objective == "dpo"
+    for name, weight in data.mix[stage.name].items():
+        source = data.sources.get(name)
+        if source is None or weight <= 0 or source.preference == wants_pairs:
+            continue
+        if wants_pairs:
+            yield (
+                f"stage.objective=dpo needs chosen and rejected answers, which data.sources.{name} "
+                f"does not have; take it out of data.mix.{stage.name}, or set its preference=true"
+            )
+        else:
+            yield (
+                f"data.sources.{name} holds preference pairs, which stage.objective=sft cannot use; "
+                f"take it out of data.mix.{stage.name}"
+            )
+
+
+def _head_dim(config: Config, hardware: Hardware | None) -> Iterator[str]:
+    text, vision = config.model.text, config.model.vision
+    if text.head_dim % 2:
+        yield f"model.text.head_dim={text.head_dim} is odd; rotary embeddings need it even"
+    on_gpu = hardware.cuda if hardware else config.cluster.gpus_per_node > 0
+    sizes = {
+        "model.text.head_dim": text.head_dim,
+        "model.vision.hidden_size/heads": vision.hidden_size // vision.heads,
+    }
+    for name, size in sizes.items():
+        if on_gpu and (size % 8 or size > 256):
+            yield (
+                f"{name}={size}: fused attention on a GPU needs a multiple of 8 up to 256; change "
+                "the heads"
+            )
+
+
+def _fp8(config: Config, hardware: Hardware | None) -> Iterator[str]:
+    """FP8 is refused where it would silently be BF16, or fail in a matrix product."""
+    recipe = config.precision.fp8_recipe
+    if recipe is None:
+        return
+    switch = "use precision=bf16"
+    if hardware is None:
+        if not config.cluster.fp8:
+            yield (
+                f"precision.fp8_recipe={recipe} needs GPUs with FP8 (compute capability 8.9 or "
+                f"newer), and cluster.fp8=false; {switch}, or set cluster.fp8=true if they have it"
+            )
+    elif not hardware.cuda:
+        yield f"precision.fp8_recipe={recipe} needs a GPU, and there is none here; {switch}"
+    else:
+        if hardware.capability is None or hardware.capability < FP8_CAPABILITY:
+            found = ".".join(map(str, hardware.capability or ("unknown",)))
+            yield (
+                f"precision.fp8_recipe={recipe} needs compute capability 8.9 or newer, and this GPU "
+                f"has {found}; {switch}"
+            )
+        if not hardware.transformer_engine:
+            yield (
+                f"precision.fp8_recipe={recipe} needs Transformer Engine, which is not installed; "
+                f"install the [gpu] extra, or {switch}"
+            )
+    text, stage, parallel = config.model.text, config.stage, config.parallel
+    multiple = FP8_COLUMNS.get(recipe, FP8_ROWS)
+    columns = {
+        "model.text.hidden_size": (text.hidden_size, 1),
+        "model.text.intermediate_size": (text.intermediate_size, parallel.tensor),
+        "model.text.heads*head_dim": (text.heads * text.head_dim, parallel.tensor),
+        "model.text.kv_heads*head_dim": (text.kv_heads * text.head_dim, parallel.tensor),
+    }
+    for name, (size, ranks) in columns.items():
+        if size % (multiple * ranks):
+            yield (
+                f"{name}={size} over {ranks} tensor-parallel ranks is not a multiple of {multiple}, "
+                f"which precision.fp8_recipe={recipe} needs; lower parallel.tensor, or {switch}"
+            )
+    rows = stage.micro_batch_size * stage.sequence_length
+    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    if rows % (FP8_ROWS * ranks):
+        yield (
+            f"stage.micro_batch_size * stage.sequence_length = {rows} tokens over {ranks} ranks is "
+            f"not a multiple of {FP8_ROWS}, which FP8 needs; round stage.sequence_length up"
+        )
+
+
+def _place(config: Config, _: Hardware | None) -> Iterator[str]:
+    if not RUN_NAME.fullmatch(config.run):
+        yield (
+            f"run={config.run!r} is not a plain directory name; use letters, digits, '.', '_' and '-'"
+        )
+    gpus, world_size = config.cluster.gpus_per_node, config.parallel.world_size
+    if config.cluster.executor == "local" and gpus and world_size > gpus:
+        yield (
+            f"parallel.world_size={world_size} is more than the {gpus} GPUs of this machine "
+            "(cluster.gpus_per_node), and two processes cannot share one; use fewer"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _tensor,
+    _pipeline,
+    _batch,
+    _overlap,
+    _image_fits,
+    _stage,
+    _mix,
+    _head_dim,
+    _fp8,
+    _place,
+)
