@@ -1,0 +1,46 @@
+"""What a callback may do: watch steps, and ask the trainer to save or to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.step import StepResult
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What one global batch held, summed over data-parallel replicas."""
+
+    tokens: int  # padding excluded
+    samples: int
+    images: int
+    tiles: int
+    masked: int  # samples replaced because their bytes were bad
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One optimizer step, seen from outside."""
+
+    step: int  # steps done, this one included
+    result: StepResult
+    counts: BatchCounts
+    rates: list[float]  # learning rates that the step used, highest first
+    seconds: float
+
+
+class Callback:
+    """One behaviour. Every rank runs every callback, in the same order."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step; `trainer.state.step` is where it resumes."""
+
+    def on_step(self, trainer: Trainer, event: StepEvent) -> None:
+        """After each optimizer step."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step of this process, whether the stage is done or was stopped."""

@@ -1,0 +1,41 @@
+"""The same numbers for TensorBoard, under `tensorboard/` of the stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.callbacks.base import Callback, StepEvent
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+
+class TensorBoard(Callback):
+    """Writes scalars; steps trained again after a resume overwrite their old points."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._writer: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.ranks.reports:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(self.directory), purge_step=trainer.state.step + 1, flush_secs=30
+            )
+
+    def on_step(self, trainer: Trainer, event: StepEvent) -> None:
+        if self._writer is None:
+            return
+        for name, value in event.result.values.items():
+            self._writer.add_scalar(f"train/{name}", value, event.step)
+        self._writer.add_scalar("train/grad_norm", event.result.grad_norm, event.step)
+        self._writer.add_scalar("train/lr", event.rates[0], event.step)
+        speed = event.counts.tokens / event.seconds
+        self._writer.add_scalar("speed/tokens_per_second", speed, event.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,54 @@
+"""One rank of one stage: `python -m pipeline.train --config runs/NAME/stage1/config.yaml`.
+
+Shards become packed batches, batches train the model, the stage ends in a checkpoint and a
+DONE.json from which the next stage begins.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from conf.check import check
+from conf.compose import load
+from conf.schema import Config
+
+
+def run(config: Config) -> int:
+    """Train the stage to its end; 0 when done, 128 + signal number when stopped before."""
+    # Imported here: reading and refusing a configuration must not wait for torch.
+    from pipeline.callbacks import standard_callbacks
+    from pipeline.data import open_data
+    from pipeline.distributed import session
+    from pipeline.hardware import detect
+    from pipeline.model import build_training_model
+    from pipeline.objectives import build_objective
+    from pipeline.trainer import Trainer
+
+    check(config, detect())
+    stage_dir = Path(config.runs_dir) / config.run / config.stage.name
+    with session(config.parallel, config.stage.seed) as ranks:
+        data = open_data(config, ranks)
+        model = build_training_model(config)
+        trainer = Trainer(config, ranks, data, model, stage_dir)
+        trainer.check_predecessor()
+        objective = build_objective(trainer)  # for DPO, the reference pass comes first
+        trainer.begin()
+        return trainer.fit(objective, standard_callbacks(trainer))
+
+
+def main() -> None:
+    """Entry point; configuration, data and file errors become one line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, type=Path, help="resolved YAML of one stage")
+    arguments = parser.parse_args()
+    try:
+        code = run(load(arguments.config))
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.stdout.flush()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":  # the checkpoint writer spawns a process that imports this module
+    main()

@@ -1,0 +1,229 @@
+"""The training loop of one stage: begin or resume, step, agree on stops, finish."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
+from conf.schema import Config
+from models.llava_next import LlavaNext
+from pipeline import checkpoint
+from pipeline.callbacks.base import Callback, StepEvent
+from pipeline.callbacks.checkpointing import Checkpointing
+from pipeline.data import StageData
+from pipeline.distributed import Ranks
+from pipeline.files import digest_and_fsync
+from pipeline.handoff import DONE, Done, check_predecessor, read_done, write_done
+from pipeline.manifest import MANIFEST
+from pipeline.objectives.base import Objective
+from pipeline.optimizer import build_optimizer, build_schedule, learning_rates
+from pipeline.stages import frozen_modules, trainable_modules
+from pipeline.step import StepResult, train_step
+
+_CODE_VERSION = "AMALIA_CODE_VERSION"  # commit of the snapshot, set by the launcher
+
+
+def config_digest(config: Config) -> str:
+    """Digest of what defines the numbers of a stage: not the layout, cluster or names."""
+    value = asdict(config)
+    relevant = {key: value[key] for key in ("model", "precision", "stage")}
+    for key in ("log_every", "checkpoint"):
+        del relevant["stage"][key]
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+class Trainer:
+    """Owns the state; callbacks own everything that only watches."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        data: StageData,
+        model: DistributedDataParallel,
+        stage_dir: Path,
+    ) -> None:
+        self.config, self.ranks, self.data, self.stage_dir = config, ranks, data, stage_dir
+        self.model = model
+        self.total_steps = data.steps
+        module = model.module
+        assert isinstance(module, LlavaNext)
+        self.optimizer = build_optimizer(model, config.stage, config.parallel, config.precision)
+        self.schedule = build_schedule(self.optimizer, config.stage, data.steps)
+        parallel = config.parallel
+        self.state = checkpoint.TrainingState(
+            model=module,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            layout={
+                "world_size": parallel.world_size,
+                "tensor": parallel.tensor,
+                "pipeline": parallel.pipeline,
+                "context": parallel.context,
+            },
+            plan_digest=data.plan_digest,
+            config_digest=config_digest(config),
+            code_version=os.environ.get(_CODE_VERSION, "unknown"),
+        )
+        self.checkpointing = Checkpointing(config.stage.checkpoint.every)
+        self.stop_reason = ""  # this rank's wish; ranks agree after each step
+        self.stop_agreed = self.save_agreed = self._save_wanted = False
+        self.predecessor = Path(config.init_from) if config.init_from else self._default_source()
+        self._predecessor_done: Done | None = None
+        self._last_result: StepResult | None = None
+
+    def _default_source(self) -> Path:
+        number = self.config.stage.number
+        return self.stage_dir.parent / ("import" if number == 1 else f"stage{number - 1}")
+
+    def say(self, message: str) -> None:
+        """One line on rank 0's output."""
+        if self.ranks.reports:
+            print(f"[{self.config.stage.name}] {message}", flush=True)
+
+    def request_stop(self, reason: str) -> None:
+        """Stop after the step in progress, with a checkpoint."""
+        self.stop_reason = reason
+
+    def request_save(self) -> None:
+        """Save after the step in progress."""
+        self._save_wanted = True
+
+    def check_predecessor(self) -> Done:
+        """The stage before, if it is done and fits.
+
+        Raises:
+            HandoffError: it is missing, unfinished or differs; the message names the field.
+        """
+        if self._predecessor_done is None:
+            done = read_done(self.predecessor)
+            check_predecessor(
+                done,
+                self.predecessor,
+                self.config.stage.number,
+                self.config.model,
+                self.data.tokenizer_digest,
+                self.data.geometry_digest,
+            )
+            self._predecessor_done = done
+        return self._predecessor_done
+
+    def begin(self) -> None:
+        """Load the newest good checkpoint of this stage, or the predecessor's weights.
+
+        Raises:
+            CheckpointError: no checkpoint of the stage can be used.
+        """
+        found = checkpoint.newest_good(self.stage_dir)
+        if found is None:
+            self.load_predecessor()
+            return
+        directory, manifest, problems = found
+        for problem in problems:
+            self.say(f"WARNING: passed over a damaged checkpoint: {problem}")
+        if manifest.config_digest != self.state.config_digest:
+            raise checkpoint.CheckpointError(
+                f"{directory} was trained with another model, precision or stage configuration; "
+                "restore it, or start a new RUN"
+            )
+        checkpoint.load(self.state, directory, manifest)
+
+    def load_predecessor(self) -> None:
+        """Weights of the stage before; the optimizer's master copy follows them."""
+        done = self.check_predecessor()
+        directory = self.predecessor / done.checkpoint
+        if digest_and_fsync(directory / MANIFEST)[1] != done.checkpoint_digest:
+            raise checkpoint.CheckpointError(
+                f"{directory / MANIFEST} is not the one that {self.predecessor / DONE} names; "
+                "the predecessor changed after it was done"
+            )
+        checkpoint.load_model(self.state.model, directory)
+        self.optimizer.reload_model_params()
+        self.say(f"begins from {directory}")
+
+    def fit(self, objective: Objective, callbacks: list[Callback]) -> int:
+        """Run the remaining steps. Returns 0 when the stage is done, else 128 + SIGTERM."""
+        for callback in callbacks:
+            callback.on_start(self)
+        self.model.train()
+        code = 0
+        for step, micro_batches in self.data.iterate(self.state.step):
+            started = time.perf_counter()
+            rates = learning_rates(self.optimizer)
+            result = train_step(
+                self.model,
+                self.optimizer,
+                objective,
+                micro_batches,
+                self.config.stage,
+                self.ranks.device,
+            )
+            self.schedule.step(1)
+            counts = self.data.count(micro_batches)
+            self.state.step = step + 1
+            self.state.samples += counts.samples
+            seconds = time.perf_counter() - started
+            event = StepEvent(self.state.step, result, counts, rates, seconds)
+            for callback in callbacks:
+                callback.on_step(self, event)
+            self._agree()
+            self.checkpointing.on_step(self, event)
+            self._last_result = result
+            if self.stop_agreed and self.state.step < self.total_steps:
+                code = 128 + signal.SIGTERM
+                break
+        for callback in callbacks:
+            callback.on_end(self)
+        if code == 0:
+            self._finish()
+        else:
+            self.say(
+                f"stopped after step {self.state.step} of {self.total_steps}; the checkpoint is "
+                "saved and the same command resumes"
+            )
+        return code
+
+    def _agree(self) -> None:
+        """One small all-reduce: a wish of any rank becomes everybody's decision."""
+        wishes = torch.tensor(
+            [float(bool(self.stop_reason)), float(self._save_wanted)], device=self.ranks.device
+        )
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        self.stop_agreed, self.save_agreed = (value > 0 for value in wishes.tolist())
+        self._save_wanted = False
+
+    def save(self) -> None:
+        """Checkpoint the current step."""
+        checkpoint.save(self.state, self.stage_dir, self.config.stage.checkpoint.keep)
+
+    def _finish(self) -> None:
+        if not self.ranks.reports:
+            return
+        directory = checkpoint.step_directory(self.stage_dir, self.state.step)
+        last, stage = self._last_result, self.config.stage
+        write_done(
+            self.stage_dir,
+            Done(
+                stage=stage.name,
+                number=stage.number,
+                checkpoint=str(directory.relative_to(self.stage_dir)),
+                checkpoint_digest=digest_and_fsync(directory / MANIFEST)[1],
+                step=self.state.step,
+                model=asdict(self.config.model),
+                tokenizer_digest=self.data.tokenizer_digest,
+                geometry_digest=self.data.geometry_digest,
+                plan_digest=self.data.plan_digest,
+                trained=sorted(trainable_modules(stage.lr)),
+                frozen=sorted(frozen_modules(stage.lr)),
+                metrics=dict(last.values) if last is not None else {},
+                samples=self.state.samples,
+            ),
+        )
+        self.say(f"done: {self.stage_dir / DONE}")
