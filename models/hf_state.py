@@ -70,8 +70,7 @@ class Entry:
         grouped = tensor.reshape(self.query_groups, -1, *tensor.shape[1:])
         parts = grouped.split([row // self.query_groups for row in rows], dim=1)
         return [
-            part.reshape(shape).contiguous()
-            for part, shape in zip(parts, self.shapes, strict=True)
+            part.reshape(shape).contiguous() for part, shape in zip(parts, self.shapes, strict=True)
         ]
 
 
@@ -102,11 +101,11 @@ def vision_table(model: ModelConfig) -> Iterator[Entry]:
             down = (hidden, inner) if matrix else (hidden,)
             qkv = tuple(f"{b}self_attn.{part}_proj.{kind}" for part in "qkv")
             yield Entry(f"{a}input_layernorm.{kind}", (f"{b}layer_norm1.{kind}",), ((hidden,),))
+            yield Entry(f"{a}self_attention.linear_qkv.{kind}", qkv, (square,) * 3, vision.heads)
             yield Entry(
-                f"{a}self_attention.linear_qkv.{kind}", qkv, (square,) * 3, vision.heads
-            )
-            yield Entry(
-                f"{a}self_attention.linear_proj.{kind}", (f"{b}self_attn.out_proj.{kind}",), (square,)
+                f"{a}self_attention.linear_proj.{kind}",
+                (f"{b}self_attn.out_proj.{kind}",),
+                (square,),
             )
             yield Entry(f"{a}pre_mlp_layernorm.{kind}", (f"{b}layer_norm2.{kind}",), ((hidden,),))
             yield Entry(f"{a}mlp.linear_fc1.{kind}", (f"{b}mlp.fc1.{kind}",), (up,))
@@ -142,11 +141,11 @@ def text_table(model: ModelConfig) -> Iterator[Entry]:
         qkv = tuple(f"{b}self_attn.{part}_proj.weight" for part in "qkv")
         gate_up = (f"{b}mlp.gate_proj.weight", f"{b}mlp.up_proj.weight")
         yield Entry(f"{a}input_layernorm.weight", (f"{b}input_layernorm.weight",), ((hidden,),))
+        yield Entry(f"{a}self_attention.linear_qkv.weight", qkv, (query, key, key), text.kv_heads)
         yield Entry(
-            f"{a}self_attention.linear_qkv.weight", qkv, (query, key, key), text.kv_heads
-        )
-        yield Entry(
-            f"{a}self_attention.linear_proj.weight", (f"{b}self_attn.o_proj.weight",), (query[::-1],)
+            f"{a}self_attention.linear_proj.weight",
+            (f"{b}self_attn.o_proj.weight",),
+            (query[::-1],),
         )
         yield Entry(
             f"{a}pre_mlp_layernorm.weight", (f"{b}post_attention_layernorm.weight",), ((hidden,),)
@@ -249,7 +248,9 @@ def _import(
         else:
             known[new] = tensor
     if heads:
-        log.info("left out: SigLIP's pooling head (%d tensors), which LLaVA-NeXT does not use", heads)
+        log.info(
+            "left out: SigLIP's pooling head (%d tensors); LLaVA-NeXT has no use for it", heads
+        )
     _refuse_unexpected(known, (name for entry in entries for name in entry.hf), "Hugging Face")
     out: dict[str, Tensor] = {}
     for entry in entries:

@@ -113,7 +113,8 @@ def test_round_trip_is_bit_exact(dtype: torch.dtype) -> None:
 def test_qkv_rows_per_query_group() -> None:
     hf = random_hf(small())
     q, k, v = (hf[f"language_model.model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv")
-    packed = from_hf(hf, small())["language_model.decoder.layers.1.self_attention.linear_qkv.weight"]
+    layer = "language_model.decoder.layers.1."
+    packed = from_hf(hf, small())[f"{layer}self_attention.linear_qkv.weight"]
     # two query groups of two heads of width 6: q0 q1 k0 v0 | q2 q3 k1 v1
     assert torch.equal(packed, torch.cat([q[:12], k[:6], v[:6], q[12:], k[6:], v[6:]]))
 
@@ -129,7 +130,8 @@ def test_other_spellings_of_hf_names() -> None:
     hf = random_hf(small())
     ours = from_hf(hf, small())
     four = {in_memory(name): tensor for name, tensor in hf.items()}
-    five = {name.replace("vision_tower.vision_model.", "vision_tower."): t for name, t in four.items()}
+    nested, flat = "vision_tower.vision_model.", "vision_tower."
+    five = {name.replace(nested, flat): tensor for name, tensor in four.items()}
     for spelling in (four, five):
         assert set(spelling) != set(hf)
         got = from_hf(spelling, small())

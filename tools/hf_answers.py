@@ -1,0 +1,154 @@
+"""What an exported model answers, by plain transformers: greedy decoding and log-probabilities.
+
+Nothing of the trainer is used here, so that the export is judged as a stranger would use it.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tools.questions import Pair, Question
+
+MAX_PIXELS = 50_000_000
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Encoded bytes -> RGB picture; ValueError when damaged or larger than 50 megapixels."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} px is more than {MAX_PIXELS}")
+        return picture.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"an evaluation picture cannot be read ({error})") from None
+
+
+class ExportedModel:
+    """An export directory, loaded with `AutoProcessor` and `AutoModelForImageTextToText`."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory} is no export; make it with python -m tools.hf_export")
+        self.processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            directory, local_files_only=True, dtype="auto"
+        ).eval()
+        if torch.cuda.is_available():
+            self.model.cuda()
+        self.end_token: int = self.model.generation_config.eos_token_id
+
+    def without_tiling(self) -> "ExportedModel":
+        """Switch tiling off in model and processor: base tile plus the same area once more."""
+        side = self.model.config.vision_config.image_size
+        self.model.config.image_grid_pinpoints = [[side, side]]
+        self.processor.image_processor.image_grid_pinpoints = [[side, side]]
+        return self
+
+    def prompt(self, question: str, with_image: bool = True, answer: str | None = None) -> str:
+        """The rendered chat: up to the answer, or with it."""
+        content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        if answer is not None:
+            text = [{"type": "text", "text": answer}]
+            messages.append({"role": "assistant", "content": text})
+        rendered: str = self.processor.apply_chat_template(
+            messages, add_generation_prompt=answer is None, tokenize=False
+        )
+        return rendered
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[bytes], side: str) -> dict[str, Any]:
+        """Tensors of a batch, padded on `side` ("left" to generate, "right" to score)."""
+        pictures = [open_image(data) for data in images]
+        batch = self.processor(
+            images=pictures or None,
+            text=list(prompts),
+            padding=True,
+            padding_side=side,
+            return_tensors="pt",
+        )
+        return {name: value.to(self.model.device) for name, value in batch.items()}
+
+    @torch.inference_mode()
+    def answers(
+        self, questions: Sequence[Question], batch: int = 50, max_new_tokens: int = 48
+    ) -> list[str]:
+        """Greedy answers in the order of `questions`, special tokens and blank ends removed."""
+        found = [""] * len(questions)
+        for numbers in _batches([open_image(q.image).size for q in questions], batch):
+            chosen = [questions[number] for number in numbers]
+            inputs = self.inputs(
+                [self.prompt(q.question) for q in chosen], [q.image for q in chosen], "left"
+            )
+            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            new = output[:, inputs["input_ids"].shape[1] :]
+            texts = self.processor.batch_decode(new, skip_special_tokens=True)
+            for number, text in zip(numbers, texts, strict=True):
+                found[number] = text.strip()
+        return found
+
+    @torch.inference_mode()
+    def log_probs(self, pairs: Sequence[Pair], batch: int = 32) -> Tensor:
+        """Summed log-probabilities of the answers, float32 [pairs, 2] (chosen, rejected).
+
+        An answer's tokens are those after the prompt up to its end token, as in training.
+        """
+        sides = [
+            (number, text) for number, p in enumerate(pairs) for text in (p.chosen, p.rejected)
+        ]
+        sums = torch.zeros(len(sides))
+        sizes = [
+            (0, len(text)) if image is None else open_image(image).size
+            for image, text in ((pairs[number].image, text) for number, text in sides)
+        ]
+        for numbers in _batches(sizes, batch):
+            rows = [(pairs[sides[number][0]], sides[number][1]) for number in numbers]
+            seen = [pair.image is not None for pair, _ in rows]
+            images = [pair.image for pair, _ in rows if pair.image is not None]
+            full = self.inputs(
+                [
+                    self.prompt(pair.question, has, text)
+                    for (pair, text), has in zip(rows, seen, strict=True)
+                ],
+                images,
+                "right",
+            )
+            prompt = self.inputs(
+                [
+                    self.prompt(pair.question, has)
+                    for (pair, _), has in zip(rows, seen, strict=True)
+                ],
+                images,
+                "right",
+            )
+            sums[numbers] = self._score(full, prompt["input_ids"], prompt["attention_mask"])
+        return sums.view(-1, 2)
+
+    def _score(self, full: dict[str, Tensor], prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Sum over each row's tokens from the end of its prompt through its first end token."""
+        ids = full["input_ids"]
+        logits = self.model(**full).logits.float()
+        log_probs = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        sums = []
+        for row, (tokens, begin) in enumerate(zip(ids, prompt_mask.sum(1).tolist(), strict=True)):
+            if not torch.equal(tokens[:begin], prompt[row, :begin]):
+                raise ValueError("the chat template renders a prompt differently with its answer")
+            ends = (tokens[begin:] == self.end_token).nonzero()
+            if len(ends) == 0:
+                raise ValueError("the chat template ends an answer without the end token")
+            end = begin + int(ends[0])
+            sums.append(log_probs[row, begin - 1 : end].sum())
+        return torch.stack(sums).cpu()
+
+
+def _batches(sizes: Sequence[tuple[int, int]], batch: int) -> Iterator[list[int]]:
+    """Numbers of the items in batches of similar picture shape, to pad little."""
+    order = sorted(range(len(sizes)), key=lambda n: (sizes[n][0] / max(sizes[n][1], 1), n))
+    for begin in range(0, len(order), batch):
+        yield order[begin : begin + batch]

@@ -1,0 +1,174 @@
+"""Hugging Face backbones -> a Megatron checkpoint that stage 1 begins from.
+
+    python -m tools.hf_import model=tiny vision=DIR language=DIR tokenizer=DIR out=runs/NAME/import
+    python -m tools.hf_import model=tiny llava=DIR out=runs/NAME/import
+
+The first form joins a SigLIP and a Llama-architecture checkpoint by a fresh connector; the second
+takes a whole `LlavaNextForConditionalGeneration`, connector and tokenizer included. Reads
+safetensors only. Every other `key=value` overrides the configuration (`model.text.rope_theta=...`,
+`precision=bf16`); `seed=` draws another connector.
+"""
+
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.compose import compose
+from conf.schema import ModelConfig, PrecisionConfig
+from data_shards.chat import ChatTokenizer
+from models.anyres import AnyresGeometry
+from models.hf_state import connector_table, from_hf, from_hf_text, from_hf_vision
+from pipeline.files import digest_and_fsync
+from pipeline.handoff import DONE, Done, write_done
+from pipeline.manifest import MANIFEST
+from tools.command import required, run, split_arguments
+from tools.hf_config import check_llava, check_text, check_vision, read_config
+from tools.processor_files import import_tokenizer, special_ids, write_processor
+from tools.safetensors_files import read_weights
+from tools.single_process import fill, fuses_norms, whole_model
+
+USAGE = "python -m tools.hf_import model=NAME vision=DIR language=DIR tokenizer=DIR out=DIR"
+ARGUMENTS = ("vision", "language", "llava", "tokenizer", "out", "seed")
+INITIALIZER_RANGE = 0.02  # LlamaConfig.initializer_range, which LlavaNext takes for its linears
+
+
+def fresh_connector(model: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """Connector and `image_newline` as `LlavaNextPreTrainedModel._init_weights` draws them.
+
+    Linears normal(0, 0.02) with zero bias, newline normal(0, 1/sqrt(hidden)); float32, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for entry in connector_table(model):
+        if entry.megatron.endswith("bias"):
+            tensors[entry.megatron] = torch.zeros(entry.shape)
+            continue
+        newline = entry.megatron == "image_newline"
+        std = 1 / math.sqrt(model.text.hidden_size) if newline else INITIALIZER_RANGE
+        tensors[entry.megatron] = torch.randn(entry.shape, generator=generator) * std
+    return tensors
+
+
+def read_backbones(
+    vision: Path, language: Path, model: ModelConfig, seed: int, fused_norms: bool
+) -> dict[str, Tensor]:
+    """Megatron tensors of the whole network from two backbones and a fresh connector.
+
+    Raises ValueError, naming the file, for a checkpoint that `model` does not describe.
+    """
+    tensors: dict[str, Tensor] = {}
+    for directory, convert in ((vision, from_hf_vision), (language, from_hf_text)):
+        try:
+            tensors.update(convert(read_weights(directory), model, fused_norms))
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+    return {**tensors, **fresh_connector(model, seed)}
+
+
+def read_llava(directory: Path, model: ModelConfig, fused_norms: bool) -> dict[str, Tensor]:
+    """Megatron tensors of the whole network from a LLaVA-NeXT checkpoint."""
+    try:
+        return from_hf(read_weights(directory), model, fused_norms)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+
+
+def import_model(
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    out: Path,
+    tokenizer: Path,
+    vision: Path | None = None,
+    language: Path | None = None,
+    llava: Path | None = None,
+    seed: int = 1234,
+) -> Path:
+    """Write the stage directory `out` (checkpoint, tokenizer, processor files, DONE.json).
+
+    Give either `llava` or both `vision` and `language`. Returns the checkpoint's directory.
+    Raises ValueError or OSError; without DONE.json nothing is used, so running again is safe.
+    """
+    from pipeline.checkpoint import TrainingState, save
+
+    model.check()
+    if llava is not None:
+        check_llava(read_config(llava), model, llava / "config.json")
+    else:
+        assert vision is not None and language is not None
+        check_vision(read_config(vision), model, vision / "config.json")
+        text_config = read_config(language)
+        check_text(text_config, model, language / "config.json")
+        positions = text_config.get("max_position_embeddings")
+        if positions != model.text.max_positions:
+            print(
+                f"note: the language model says {positions} positions, model.text.max_positions="
+                f"{model.text.max_positions} is used"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    for change in import_tokenizer(tokenizer, out / "tokenizer", model.image_token_id):
+        print(f"note: tokenizer: {change}; build shards with data.tokenizer={out / 'tokenizer'}")
+    ids = special_ids(out / "tokenizer")
+    (out / "processor").mkdir(exist_ok=True)
+    write_processor(model, out / "processor")
+    with whole_model(model, precision, seed) as network:
+        fused = fuses_norms(network)
+        if llava is not None:
+            tensors = read_llava(llava, model, fused)
+        else:
+            assert vision is not None and language is not None
+            tensors = read_backbones(vision, language, model, seed, fused)
+        fill(network, tensors)
+        count = sum(tensor.numel() for tensor in tensors.values())
+        print(f"read {len(tensors)} tensors, {count:,} parameters; eos token {ids['eos_token_id']}")
+        layout = {"world_size": 1, "tensor": 1, "pipeline": 1, "context": 1}
+        state = TrainingState(network, None, None, layout, "import", "import", "import")
+        checkpoint = save(state, out, keep=1)
+    done = Done(
+        stage="import",
+        number=0,
+        checkpoint=str(checkpoint.relative_to(out)),
+        checkpoint_digest=digest_and_fsync(checkpoint / MANIFEST)[1],
+        step=0,
+        model=asdict(model),
+        tokenizer_digest=ChatTokenizer.from_directory(out / "tokenizer").digest(),
+        geometry_digest=AnyresGeometry.from_model(model).digest(),
+    )
+    write_done(out, done)
+    return checkpoint
+
+
+def main(arguments: list[str]) -> None:
+    """Command line; see the module's docstring."""
+    ours, overrides = split_arguments(arguments, ARGUMENTS)
+    out = required(ours, "out", USAGE)
+    llava = Path(ours["llava"]) if ours.get("llava") else None
+    if llava is not None and (ours.get("vision") or ours.get("language")):
+        raise ValueError("llava= is a whole model; leave out vision= and language=")
+    vision = None if llava else required(ours, "vision", USAGE)
+    language = None if llava else required(ours, "language", USAGE)
+    tokenizer = Path(ours.get("tokenizer") or llava or required(ours, "tokenizer", USAGE))
+    if (out / DONE).is_file():
+        print(f"{out} is already imported; remove it to import again")
+        return
+    if not ours.get("seed", "0").isdigit():
+        raise ValueError(f"seed={ours['seed']} is not a whole number")
+    config = compose(overrides)
+    checkpoint = import_model(
+        config.model,
+        config.precision,
+        out,
+        tokenizer,
+        vision=vision,
+        language=language,
+        llava=llava,
+        seed=int(ours.get("seed") or 1234),
+    )
+    print(f"imported into {checkpoint}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
