@@ -14,8 +14,8 @@ from models.anyres import AnyresGeometry
 
 # Least room beside the largest image for the chat template, a question and an answer, in tokens.
 TEXT_ROOM = 64
-# FP8 matrix products need rows and columns in multiples of this (Transformer Engine asserts 8 and 16,
-# megatron.core.fp8_utils.get_fp8_align_size pads to 16); blockwise scales are shared by 128 values.
+# FP8 matrix products need rows and columns in multiples of this (Transformer Engine asserts 8 and
+# 16, megatron.core.fp8_utils pads to 16); blockwise scales are shared by 128 values.
 FP8_ROWS = 16
 FP8_COLUMNS = {"tensorwise": 16, "delayed": 16, "blockwise": 128}
 FP8_CAPABILITY = (8, 9)
@@ -149,8 +149,8 @@ def _batch(config: Config, _: Hardware | None) -> Iterator[str]:
     ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
     if stage.sequence_length % ranks:
         yield (
-            f"stage.sequence_length={stage.sequence_length} is not a multiple of {ranks}, the ranks "
-            "that share a sequence (parallel.context, times parallel.tensor with "
+            f"stage.sequence_length={stage.sequence_length} is not a multiple of {ranks}, the "
+            "ranks that share a sequence (parallel.context, times parallel.tensor with "
             "parallel.sequence_parallel); round it up"
         )
 
@@ -182,8 +182,8 @@ def _image_fits(config: Config, _: Hardware | None) -> Iterator[str]:
     tiles = 1 + max(h * w // geometry.tile**2 for h, w in geometry.pinpoints)
     if stage.max_tiles_per_pack is not None and stage.max_tiles_per_pack < tiles:
         yield (
-            f"stage.max_tiles_per_pack={stage.max_tiles_per_pack} is less than the {tiles} tiles of "
-            "the largest image; raise it, or lower model.max_tiles"
+            f"stage.max_tiles_per_pack={stage.max_tiles_per_pack} is less than the {tiles} tiles "
+            "of the largest image; raise it, or lower model.max_tiles"
         )
 
 
@@ -223,8 +223,8 @@ def _mix(config: Config, _: Hardware | None) -> Iterator[str]:
             )
         else:
             yield (
-                f"data.sources.{name} holds preference pairs, which stage.objective=sft cannot use; "
-                f"take it out of data.mix.{stage.name}"
+                f"data.sources.{name} holds preference pairs, which stage.objective=sft cannot "
+                f"use; take it out of data.mix.{stage.name}"
             )
 
 
@@ -263,8 +263,8 @@ def _fp8(config: Config, hardware: Hardware | None) -> Iterator[str]:
         if hardware.capability is None or hardware.capability < FP8_CAPABILITY:
             found = ".".join(map(str, hardware.capability or ("unknown",)))
             yield (
-                f"precision.fp8_recipe={recipe} needs compute capability 8.9 or newer, and this GPU "
-                f"has {found}; {switch}"
+                f"precision.fp8_recipe={recipe} needs compute capability 8.9 or newer, and this "
+                f"GPU has {found}; {switch}"
             )
         if not hardware.transformer_engine:
             yield (
@@ -282,8 +282,9 @@ def _fp8(config: Config, hardware: Hardware | None) -> Iterator[str]:
     for name, (size, ranks) in columns.items():
         if size % (multiple * ranks):
             yield (
-                f"{name}={size} over {ranks} tensor-parallel ranks is not a multiple of {multiple}, "
-                f"which precision.fp8_recipe={recipe} needs; lower parallel.tensor, or {switch}"
+                f"{name}={size} over {ranks} tensor-parallel ranks is not a multiple of "
+                f"{multiple}, which precision.fp8_recipe={recipe} needs; "
+                f"lower parallel.tensor, or {switch}"
             )
     rows = stage.micro_batch_size * stage.sequence_length
     ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
@@ -297,7 +298,7 @@ def _fp8(config: Config, hardware: Hardware | None) -> Iterator[str]:
 def _place(config: Config, _: Hardware | None) -> Iterator[str]:
     if not RUN_NAME.fullmatch(config.run):
         yield (
-            f"run={config.run!r} is not a plain directory name; use letters, digits, '.', '_' and '-'"
+            f"run={config.run!r} is not a plain directory name; use letters, digits, '.', '_', '-'"
         )
     gpus, world_size = config.cluster.gpus_per_node, config.parallel.world_size
     if config.cluster.executor == "local" and gpus and world_size > gpus:

@@ -1,7 +1,8 @@
 """Compose, read and write configurations: Hydra for the choices, the dataclasses for the types.
 
-A value may come from four places, each winning over the one before: the dataclass default, the YAML
-file of the chosen option, `conf/demo/` when data=demo, and the command line.  Unknown keys are refused.
+A value may come from four places, each winning over the one before: the dataclass default, the
+YAML file of the chosen option, `conf/demo/` when data=demo, and the command line.  Unknown keys
+are refused.
 """
 
 import dataclasses
@@ -57,7 +58,9 @@ def load(path: str | os.PathLike[str]) -> Config:
 def from_mapping(values: Any, source: str) -> Config:
     """Typed configuration from nested plain values; `source` names them in errors."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{source} does not hold a configuration; write it again with slurm.submit")
+        raise ConfigError(
+            f"{source} does not hold a configuration; write it again with slurm.submit"
+        )
     try:
         return _typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(dict(values))))
     except (OmegaConfBaseException, ConfigError) as error:
@@ -123,7 +126,9 @@ def _check_overrides(overrides: Sequence[str]) -> None:
         key = override.key_or_group
         value = override.value()
         if override.is_sweep_override():
-            raise ConfigError(f"{override.input_line}: one value at a time; sweeps are not known here")
+            raise ConfigError(
+                f"{override.input_line}: one value at a time; sweeps are not known here"
+            )
         if key in GROUPS:
             # A dictionary given to a group sets several of its keys; Hydra checks those.
             known = isinstance(value, dict) or value in options(key)
@@ -166,7 +171,8 @@ def _nearest(key: str) -> str:
 def _explain(error: Exception) -> str:
     """One line out of Hydra's and OmegaConf's several."""
     # Hydra wraps the error that says what is wrong.
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    wrapped = (error.__cause__, error.__context__)
+    cause = next((e for e in wrapped if isinstance(e, OmegaConfBaseException)), error)
     full_key = getattr(cause, "full_key", None)
     text = str(getattr(cause, "msg", None) or cause).strip()
     first = text.splitlines()[0] if text else type(cause).__name__

@@ -1,6 +1,8 @@
 """Where samples come from, how shards are built, how sources are mixed per stage."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from conf.schema.errors import ConfigError
 
@@ -32,12 +34,19 @@ class DataConfig:
     root: str
     tokenizer: str  # directory with tokenizer.json, tokenizer_config.json, chat_template.jinja
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    # stage name -> source name -> weight (share of samples)
-    mix: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Stage name -> source name -> weight (share of samples), a float. Any: OmegaConf would refuse
+    # the whole numbers among the weights.
+    mix: dict[str, dict[str, Any]] = field(default_factory=dict)
     shard_bytes: int = 1 << 30
     max_pixels: int = 50_000_000
     build_workers: int = 1
     load_workers: int = 1
+
+    def __post_init__(self) -> None:
+        self.mix = {
+            stage: {name: _weight(stage, name, weight) for name, weight in weights.items()}
+            for stage, weights in self.mix.items()
+        }
 
     def check(self) -> None:
         for name, source in self.sources.items():
@@ -52,3 +61,9 @@ class DataConfig:
                 raise ConfigError(
                     f"data.mix.{stage}={dict(weights)}: weights must be >= 0 with a positive sum"
                 )
+
+
+def _weight(stage: str, name: str, weight: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ConfigError(f"data.mix.{stage}.{name}={weight!r} is not a number")
+    return float(weight)

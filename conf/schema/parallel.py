@@ -40,8 +40,9 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)}: at least 1 is needed")
         if self.world_size % self.model_ranks:
             raise ConfigError(
-                f"parallel.world_size={self.world_size} is not a multiple of tensor*pipeline*context"
-                f"={self.tensor}*{self.pipeline}*{self.context}={self.model_ranks}; change one of them"
+                f"parallel.world_size={self.world_size} is not a multiple of "
+                f"tensor*pipeline*context={self.tensor}*{self.pipeline}*{self.context}"
+                f"={self.model_ranks}; change one of them"
             )
         if self.recompute not in RECOMPUTE:
             raise ConfigError(
@@ -53,8 +54,8 @@ class ParallelConfig:
             )
         if self.pipeline_layers is not None and len(self.pipeline_layers) != self.pipeline:
             raise ConfigError(
-                f"parallel.pipeline_layers={self.pipeline_layers} names {len(self.pipeline_layers)} "
-                f"stages, but parallel.pipeline={self.pipeline}"
+                f"parallel.pipeline_layers={self.pipeline_layers} names "
+                f"{len(self.pipeline_layers)} stages, but parallel.pipeline={self.pipeline}"
             )
         if self.overlap_param_gather and not self.distributed_optimizer:
             raise ConfigError(

@@ -44,9 +44,7 @@ class OptimizerConfig:
                 f"stage.optimizer.schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}"
             )
         if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(
-                f"stage.optimizer.warmup_ratio={self.warmup_ratio} is not in [0, 1)"
-            )
+            raise ConfigError(f"stage.optimizer.warmup_ratio={self.warmup_ratio} is not in [0, 1)")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"stage.optimizer.min_lr_ratio={self.min_lr_ratio} is not in [0, 1]")
 
@@ -101,13 +99,20 @@ class StageConfig:
 
     def check(self) -> None:
         if self.objective not in OBJECTIVES:
-            raise ConfigError(f"stage.objective={self.objective!r} is none of {', '.join(OBJECTIVES)}")
+            raise ConfigError(
+                f"stage.objective={self.objective!r} is none of {', '.join(OBJECTIVES)}"
+            )
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(
                 f"set exactly one of stage.steps (now {self.steps}) and stage.epochs "
                 f"(now {self.epochs}); null unsets"
             )
-        for name in ("sequence_length", "global_batch_size", "micro_batch_size", "document_multiple"):
+        for name in (
+            "sequence_length",
+            "global_batch_size",
+            "micro_batch_size",
+            "document_multiple",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"stage.{name}={getattr(self, name)}: at least 1 is needed")
         if self.sequence_length % self.document_multiple:

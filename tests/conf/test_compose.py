@@ -1,0 +1,147 @@
+"""Composition: choices and overrides become typed values, everything else is refused."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conf.compose import DIRECTORY, compose, dump, from_mapping, load, options, to_mapping
+from conf.schema.errors import ConfigError
+
+
+def test_defaults_are_the_laptops_demo() -> None:
+    config = compose()
+    assert (config.model.name, config.cluster.name) == ("tiny", "local")
+    assert config.parallel.world_size == 1
+    assert config.stage.name == "stage1"
+
+
+def test_overrides_win_over_the_demo_sizes_which_win_over_the_recipe() -> None:
+    recipe = compose(["stage=stage2", "data=amalia"]).stage
+    demo = compose(["stage=stage2", "data=demo"]).stage
+    ours = compose(["stage=stage2", "data=demo", "stage.steps=7"]).stage
+    assert recipe.steps == 49000 and recipe.sequence_length == 16384
+    assert demo.steps != 49000 and demo.sequence_length < 16384
+    assert ours.steps == 7 and ours.sequence_length == demo.sequence_length
+    assert compose(["stage=stage2", "data=demo", "~demo"]).stage == recipe
+
+
+def test_recipe_carries_what_is_published() -> None:
+    first, second, third = (compose([f"stage=stage{n}", "data=amalia"]).stage for n in (1, 2, 3))
+    assert (first.steps, first.global_batch_size) == (2000, 256)
+    assert first.lr.vision == first.lr.language == 0 < first.lr.connector
+    assert min(second.lr.vision, second.lr.connector, second.lr.language) > 0
+    assert third.objective == "dpo" and (third.steps, third.epochs) == (None, 1.0)
+
+
+def test_every_scalar_of_every_group_can_be_overridden() -> None:
+    config = compose(
+        [
+            "model.vision.feature_layer=-1",
+            "model.pinpoints=[[32,64],[64,32]]",
+            "parallel.pipeline_layers=[1,3]",
+            "parallel.pipeline=2",
+            "precision.params=bf16",
+            "stage.lr.vision=1e-6",
+            "data.max_pixels=9",
+            "cluster.threads_per_rank=3",
+            "+data.mix.stage1.questions=0.25",
+            "init_from=somewhere",
+        ]
+    )
+    assert config.model.vision.feature_layer == -1
+    assert config.model.pinpoints == [[32, 64], [64, 32]]
+    assert config.parallel.pipeline_layers == [1, 3]
+    assert config.stage.lr.vision == 1e-6
+    assert config.data.mix["stage1"] == {"captions": 1.0, "questions": 0.25}
+    assert (config.cluster.threads_per_rank, config.init_from) == (3, "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("stage.lr.vison=1", "stage.lr.vision"),
+        ("modl=tiny", "model"),
+        ("tensor=2", "parallel.tensor"),
+        ("+model.foo=1", "model.foo"),
+        ("stage.lr={visio: 1.0}", "stage.lr.vision"),
+        ("model=tny", "tiny"),
+        ("data=nowhere", "demo"),
+        ("model=null", "tiny"),
+        ("stage.steps=many", "stage.steps"),
+        ("stage.steps.a=2", "stage.steps"),
+        ("model.vision.hidden_size=96.5", "model.vision.hidden_size"),
+        ("data.mix.stage1.new=1", "+data.mix.stage1.new"),
+        ("data.sources.captions.colums={}", "data.sources.captions.colums"),
+        ("run=???", "run"),
+        ("run=${nothing}", "nothing"),
+        ("stage.seed=choice(1,2)", "stage.seed"),
+        ("data.mix.stage1.captions=many", "data.mix.stage1.captions"),
+        ("no equals sign", "KEY=VALUE"),
+        ("stage.name", "KEY=VALUE"),
+        ("model@elsewhere=tiny", "model@elsewhere"),
+    ],
+)
+def test_what_is_not_a_setting_is_refused_in_one_line(override: str, named: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose([override])
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_yaml_file_composes() -> None:
+    for group in ("model", "parallel", "precision", "cluster"):
+        for option in options(group):
+            compose([f"{group}={option}"])
+    for stage in options("stage"):
+        for data in options("data"):
+            compose([f"stage={stage}", f"data={data}"])
+
+
+def test_a_wrong_key_in_a_yaml_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "conf"
+    shutil.copytree(DIRECTORY, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    tiny = copy / "model" / "tiny.yaml"
+    tiny.write_text(tiny.read_text() + "max_tils: 3\n")
+    monkeypatch.setattr("conf.compose.DIRECTORY", copy)
+    with pytest.raises(ConfigError, match=r"max_tils .* did you mean model.max_tiles"):
+        compose()
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    for overrides in ([], ["stage=stage3", "model=amalia_vl_9b", "data=amalia", "parallel=pp2"]):
+        config = compose(overrides)
+        path = tmp_path / "config.yaml"
+        path.write_text(dump(config), encoding="utf-8")
+        assert load(path) == config
+        assert from_mapping(to_mapping(config), "test") == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "- 1\n", "model: [", "nonsense: 1\n", "!!python/object:os.system {}\n", "run: demo\n"],
+)
+def test_load_refuses_other_files_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load(path)
+
+
+def test_load_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "none.yaml")
+
+
+def test_submit_side_imports_no_torch() -> None:
+    code = (
+        "import sys, conf.compose, conf.check, slurm.submit\n"
+        "conf.check.check(conf.compose.compose())\n"
+        "print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

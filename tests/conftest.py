@@ -1,0 +1,37 @@
+"""What every test shares: one thread each, no network, and reasons for what is skipped."""
+
+import os
+import shutil
+
+# Before anything imports torch: the tests run several at a time on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ.setdefault(name, "1")
+
+import pytest  # noqa: E402
+
+
+def _no_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA device on this machine"
+
+
+def _no_slurm() -> str:
+    lacking = [name for name in ("sbatch", "slurmctld", "slurmd") if shutil.which(name) is None]
+    return f"no Slurm on this machine: {', '.join(lacking)} not found" if lacking else ""
+
+
+NEEDS = {"gpu": _no_gpu, "slurm": _no_slurm}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, tests whose machine this is not."""
+    for marker, lacking in NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = lacking() if marked else ""
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
