@@ -94,7 +94,10 @@ def parse_sample(
         )
     chosen = rejected = None
     if preference:
-        chosen, rejected = _answer(row.get("chosen"), "chosen"), _answer(row.get("rejected"), "rejected")
+        chosen, rejected = (
+            _answer(row.get("chosen"), "chosen"),
+            _answer(row.get("rejected"), "rejected"),
+        )
         if chosen == rejected:
             raise SampleError("chosen and rejected are the same text")
     return Sample(key, messages, tuple(images), chosen, rejected, source, licence, origin)
@@ -166,7 +169,14 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
         return {"role": role, "content": clean_text(content, where)}
-    items = [_item(item, where) for item in _list(content, f"content of {where}")]
+    items: list[dict[str, str]] = []
+    for item in _list(content, f"content of {where}"):
+        item = _item(item, where)
+        if items and item["type"] == items[-1]["type"] == "text":
+            # Two texts could otherwise meet in the prompt and spell a control token.
+            items[-1] = {"type": "text", "text": items[-1]["text"] + item["text"]}
+        else:
+            items.append(item)
     if role != "user" and any(item["type"] == "image" for item in items):
         raise SampleError(f"{where} ({role}) holds an image; only user messages may")
     return {"role": role, "content": items}

@@ -1,0 +1,319 @@
+"""Messages to token ids and a target mask, with `tokenizers` and Jinja only.
+
+The rendered text is that of transformers' `apply_chat_template`. Each answer is tokenised apart
+from the prompt before it, because that is how generation meets it: the prompt is tokenised, then
+the model writes. A literal special token inside a text ("<s>" in a page of HTML) never becomes a
+control token: it is broken up by a noncharacter, whose own tokens are then taken out.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from conf.schema.model import ModelConfig
+from data_shards.chat_template import ChatTemplate
+from data_shards.sample import DEFUSE, IMAGE_MARK
+
+# transformers' LlavaNextProcessor would turn this literal into an image token.
+_PROCESSOR_PLACEHOLDER = "<placeholder>"
+Message = Mapping[str, Any]
+
+
+class TokenizerError(ValueError):
+    """A tokenizer directory that cannot be used; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised document of n tokens.
+
+    Attributes:
+        ids: int64 [n]; image placeholders expanded.
+        targets: bool [n]; True on tokens that are trained on (answers, end token included).
+        image_starts: int64 [images]; position of the first token of each image.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    image_starts: np.ndarray
+
+    @property
+    def n_targets(self) -> int:
+        """Tokens that are trained on."""
+        return int(self.targets.sum())
+
+
+class ChatTokenizer:
+    """A `tokenizer.json` and its chat template. Thread-safe."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, special: dict[str, str], where: str
+    ):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._template = template
+        self._special = special
+        self._where = where
+        for name in ("eos_token", "image_token"):
+            if special.get(name) is None or tokenizer.token_to_id(special[name]) is None:
+                raise TokenizerError(
+                    f"{where}: {name} is {special.get(name)!r}, which tokenizer.json does not "
+                    "have; add it and name it in tokenizer_config.json"
+                )
+        self.end = special["eos_token"]  # ends every answer
+        self.end_id: int = tokenizer.token_to_id(self.end)
+        self.image_token_id: int = tokenizer.token_to_id(special["image_token"])
+        pad = tokenizer.token_to_id(special["pad_token"]) if "pad_token" in special else None
+        self.pad_id: int = self.end_id if pad is None else pad
+        self.n_tokens: int = tokenizer.get_vocab_size()
+        if special["image_token"] != IMAGE_MARK:
+            raise TokenizerError(
+                f"{where}: image_token is {special['image_token']!r}; only {IMAGE_MARK} is known"
+            )
+        self._prefix = self._automatic_prefix()
+        control = {
+            token.content
+            for token in tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        }
+        control |= {IMAGE_MARK, _PROCESSOR_PLACEHOLDER, *special.values()}
+        # Longest first, so that no alternative hides a longer one.
+        ordered = sorted(control, key=lambda text: (-len(text), text))
+        self._control = re.compile("|".join(re.escape(text) for text in ordered if text))
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "ChatTokenizer":
+        """Read tokenizer.json, tokenizer_config.json and the chat template.
+
+        Raises:
+            TokenizerError: a file is missing, damaged, or lacks what training needs.
+        """
+        directory = Path(directory)
+        config = _read_config(directory)
+        path = directory / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise TokenizerError(
+                f"{path} cannot be read ({_one_line(error)}); point data.tokenizer at a directory "
+                "with a Hugging Face fast tokenizer"
+            ) from None
+        special = _special_tokens(config)
+        return cls(
+            tokenizer,
+            ChatTemplate(_read_template(directory, config), special),
+            special,
+            str(directory),
+        )
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that decides token ids: vocabulary, merges, template, specials."""
+        content = json.loads(self._tokenizer.to_str())
+        for setting in ("truncation", "padding"):
+            content.pop(setting, None)
+        everything = [content, self._template.source, self._special]
+        text = json.dumps(everything, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def require_model(self, model: ModelConfig) -> None:
+        """TokenizerError if the model's embedding table does not fit this tokenizer."""
+        if model.image_token_id != self.image_token_id:
+            raise TokenizerError(
+                f"{self._where}: {IMAGE_MARK} has id {self.image_token_id}, but "
+                f"model.image_token_id={model.image_token_id}; set it to {self.image_token_id}"
+            )
+        if self.n_tokens > model.text.vocab_size:
+            raise TokenizerError(
+                f"{self._where} has {self.n_tokens} tokens, but model.text.vocab_size="
+                f"{model.text.vocab_size}; enlarge it or use the model's own tokenizer"
+            )
+
+    def encode(self, messages: Sequence[Message], image_tokens: Sequence[int] = ()) -> Encoded:
+        """A conversation that ends with an answer; every answer is a target.
+
+        Args:
+            messages: checked messages (`data_shards.sample`).
+            image_tokens: tokens of each image, in order.
+
+        Raises:
+            TokenizerError: the template does not render turns as a growing prefix, or does not
+                end answers with the tokenizer's eos_token.
+        """
+        return self._assemble(self._parts(messages), image_tokens)
+
+    def encode_preference(
+        self,
+        messages: Sequence[Message],
+        chosen: str,
+        rejected: str,
+        image_tokens: Sequence[int] = (),
+    ) -> tuple[Encoded, Encoded]:
+        """(chosen, rejected): the same prompt, never a target, then the one or the other answer."""
+        prompt = [(text, False) for text, _ in self._parts(messages, prompt=True)]
+        documents = []
+        for answer in (chosen, rejected):
+            whole = [*messages, {"role": "assistant", "content": answer}]
+            parts = self._parts(whole)
+            documents.append(self._assemble([*prompt, parts[-1]], image_tokens))
+        return documents[0], documents[1]
+
+    def encode_prompt(
+        self, messages: Sequence[Message], image_tokens: Sequence[int] = ()
+    ) -> np.ndarray:
+        """int64 ids of a conversation that ends with a question, ready for generation."""
+        parts = [(text, False) for text, _ in self._parts(messages, prompt=True)]
+        return self._assemble(parts, image_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def _automatic_prefix(self) -> list[int]:
+        """What the tokenizer's post-processor puts before a text: nothing, or BOS."""
+        prefix = list(self._tokenizer.encode("", add_special_tokens=True).ids)
+        bos = self._special.get("bos_token")
+        if prefix and (bos is None or prefix != [self._tokenizer.token_to_id(bos)]):
+            raise TokenizerError(
+                f"{self._where}: the post-processor of tokenizer.json adds tokens {prefix}; only "
+                "BOS before the text is supported, best written by the chat template"
+            )
+        return prefix
+
+    def _parts(self, messages: Sequence[Message], prompt: bool = False) -> list[tuple[str, bool]]:
+        """The rendered conversation cut into (text, is answer); `prompt` asks for a last prompt."""
+        safe = [self._defuse_message(message) for message in messages]
+        parts: list[tuple[str, bool]] = []
+        done = ""
+        for number, message in enumerate(safe):
+            if message["role"] != "assistant":
+                continue
+            before = self._template.render(safe[:number], add_generation_prompt=True)
+            whole = self._template.render(safe[: number + 1], add_generation_prompt=False)
+            end = whole.rfind(self.end) + len(self.end)
+            if not before.startswith(done) or not whole.startswith(before):
+                raise TokenizerError(
+                    f"{self._where}: the chat template rewrites earlier turns, so answers cannot "
+                    "be told from prompts; use a template whose text only grows with each message"
+                )
+            if end <= len(before):
+                raise TokenizerError(
+                    f"{self._where}: the chat template does not end answers with eos_token "
+                    f"{self.end!r}; set eos_token in tokenizer_config.json to the token it writes"
+                )
+            parts += [(before[len(done) :], False), (whole[len(before) : end], True)]
+            done = whole[:end]
+        if prompt:
+            last = self._template.render(safe, add_generation_prompt=True)
+            if not last.startswith(done):
+                raise TokenizerError(f"{self._where}: the chat template rewrites earlier turns")
+            parts.append((last[len(done) :], False))
+        return parts
+
+    def _defuse_message(self, message: Message) -> dict[str, Any]:
+        content = message["content"]
+        if isinstance(content, str):
+            marks = message["role"] == "user"  # there, "<image>" is a placeholder
+            return {"role": message["role"], "content": self._defuse(content, marks)}
+        items = [
+            item if item["type"] == "image" else {**item, "text": self._defuse(item["text"], False)}
+            for item in content
+        ]
+        return {"role": message["role"], "content": items}
+
+    def _defuse(self, text: str, keep_image_marks: bool) -> str:
+        def broken(match: re.Match[str]) -> str:
+            token = match.group()
+            if keep_image_marks and token == IMAGE_MARK:
+                return token
+            return token[0] + DEFUSE + token[1:]
+
+        return self._control.sub(broken, text)
+
+    def _assemble(self, parts: Sequence[tuple[str, bool]], image_tokens: Sequence[int]) -> Encoded:
+        bos = self._special.get("bos_token")
+        automatic = not (parts and bos and parts[0][0].startswith(bos))
+        pieces = [np.array(self._prefix if automatic else [], np.int64)]
+        flags = [np.zeros(len(pieces[0]), bool)]
+        for text, is_answer in parts:
+            ids = self._ids(text)
+            pieces.append(ids)
+            flags.append(np.full(len(ids), is_answer))
+        ids, targets = np.concatenate(pieces), np.concatenate(flags)
+        marks = np.flatnonzero(ids == self.image_token_id)
+        if len(marks) != len(image_tokens):
+            raise TokenizerError(
+                f"{self._where}: the rendered conversation has {len(marks)} {IMAGE_MARK} tokens "
+                f"for {len(image_tokens)} images; the chat template must write one for each image"
+            )
+        repeats = np.ones(len(ids), np.int64)
+        repeats[marks] = np.asarray(image_tokens, np.int64)
+        starts = (np.cumsum(repeats) - repeats)[marks]
+        return Encoded(np.repeat(ids, repeats), np.repeat(targets, repeats), starts)
+
+    def _ids(self, text: str) -> np.ndarray:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, np.int64)
+        if DEFUSE not in text:
+            return ids
+        keep = np.ones(len(ids), bool)
+        for number, (start, stop) in enumerate(encoding.offsets):
+            covered = text[start:stop]
+            if covered and not covered.strip(DEFUSE):
+                keep[number] = False
+            elif DEFUSE in covered:
+                raise TokenizerError(
+                    f"{self._where}: a token joins U+FDD0 to the text {covered!r}; the tokenizer "
+                    "was trained on noncharacters, use another"
+                )
+        return ids[keep]
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"{path} cannot be read ({_one_line(error)}); point data.tokenizer at a Hugging Face "
+            "tokenizer directory"
+        ) from None
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path} is not a JSON object; restore it from the tokenizer's origin")
+    return config
+
+
+def _read_template(directory: Path, config: Mapping[str, Any]) -> str:
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if not isinstance(template, str):
+        raise TokenizerError(
+            f"{directory} has no chat template; put it in {path.name} or in tokenizer_config.json"
+        )
+    return template
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens, as transformers passes them to the template."""
+    found: dict[str, str] = {"image_token": IMAGE_MARK}
+    extra = config.get("extra_special_tokens")
+    entries = {**config, **(extra if isinstance(extra, dict) else {})}
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if name.endswith("_token") and isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
