@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,8 @@ GRACE_SECONDS = 60.0  # between asking a rank to end and ending it; room to save
 FAILURE_GRACE_SECONDS = 5.0  # the same once a rank has failed: its peers have nothing to save
 TAIL_BYTES = 16384
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# What a rank returns that was asked to stop, by a signal or a file, and has saved its checkpoint.
+STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 MANY_RANKS = 8  # as many processes as any machine without GPUs may be asked for
 
 # Nothing in a job may ask the internet; everything is staged before.
@@ -176,7 +179,9 @@ class _Job:
             except queue.Empty:
                 continue
             left.discard(rank)
-            if code and not failure and not self.asked:
+            if code in STOPPED_CODES and not failure and not self.asked:
+                self.forward(code - 128)  # its peers have stopped at the same step
+            elif code and not failure and not self.asked:
                 failure = f"rank {rank} {_ending(code)}"
                 failed_log = self.log(rank)
                 end = time.monotonic() + FAILURE_GRACE_SECONDS
@@ -187,8 +192,8 @@ class _Job:
             raise JobFailed(f"{failure}: {last_line(failed_log)} (log: {failed_log})")
         if self.asked:
             raise JobFailed(
-                f"stopped by {signal.Signals(self.asked).name}; the same command goes on from the "
-                f"last checkpoint (log: {self.log(0)})",
+                f"stopped by {signal.Signals(self.asked).name} or on request; the same command "
+                f"goes on from the last checkpoint (log: {self.log(0)})",
                 128 + self.asked,
             )
 
@@ -199,15 +204,14 @@ class _Job:
         """Copy rank 0's output to its log and the terminal, as it comes."""
         pipe = self.processes[0].stdout
         assert pipe is not None
-        with self.log(0).open("wb") as log:
+        # A disk that is full or a terminal that has gone must not block the rank.
+        with self.log(0).open("wb", buffering=0) as log:
             while data := os.read(pipe.fileno(), 65536):
-                log.write(data)
-                log.flush()
-                try:
+                with suppress(OSError):
+                    log.write(data)
+                with suppress(OSError, ValueError):
                     sys.stdout.buffer.write(data)
                     sys.stdout.buffer.flush()
-                except (OSError, ValueError):
-                    pass  # the terminal has gone; the log goes on
 
 
 class _Signals:

@@ -56,7 +56,9 @@ class RunDirectory:
         except FileNotFoundError:
             return False
         except ValueError as error:
-            raise ConfigError(f"{path} is not JSON ({error}); delete it to end {name} anew") from error
+            raise ConfigError(
+                f"{path} is not JSON ({error}); delete it to end {name} anew"
+            ) from error
         if not isinstance(done, dict):
             raise ConfigError(f"{path} is not a record of a stage; delete it to end {name} anew")
         return True

@@ -21,7 +21,9 @@ from conf.schema.errors import ConfigError
 from slurm import local
 from slurm.run_directory import RunDirectory
 
-USAGE = "usage: python -m slurm.submit stages=[stage1,stage2,stage3] run=NAME [dry=true] [KEY=VALUE]"
+USAGE = (
+    "usage: python -m slurm.submit stages=[stage1,stage2,stage3] run=NAME [dry=true] [KEY=VALUE]"
+)
 
 
 @dataclass(frozen=True)
