@@ -126,7 +126,7 @@ class AnyresGeometry:
         return self.grid * self.grid + rows * (columns + 1)
 
     def resize_box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Where the resized image lies on its canvas, pixels: (new_height, new_width, top, left)."""
+        """Resized image on its canvas, pixels: (new_height, new_width, top, left)."""
         canvas_height, canvas_width = self.best_resolution(height, width)
         scale_width, scale_height = canvas_width / width, canvas_height / height
         if scale_width < scale_height:

@@ -67,8 +67,8 @@ class PackedAttention(MegatronModule):
             return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
         mask_type = attn_mask_type or self.attn_mask_type
         assert mask_type == AttnMaskType.no_mask and self.cp_group is None
-        heads_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out_BNSD = self._attend(*heads_first, causal=False)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out_BNSD = self._attend(query, key, value, causal=False)
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(
@@ -85,8 +85,9 @@ class PackedAttention(MegatronModule):
         )
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        cp_size = 1 if self.cp_group is None else self.cp_group.size()
-        if cp_size > 1:
+        cp_size, cp_rank = 1, 0
+        if self.cp_group is not None:
+            cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
             order_T = full_order(cu_seqlens, cp_size)
             key, value = (self._whole_row(x, order_T) for x in (key, value))
         lengths = cu_seqlens.diff().tolist()
@@ -99,7 +100,7 @@ class PackedAttention(MegatronModule):
             if cp_size == 1:
                 outs.append(self._attend(*document, causal=True))
             else:
-                allowed = _zigzag_mask(document[1].shape[2], cp_size, self.cp_group.rank())
+                allowed = _zigzag_mask(document[1].shape[2], cp_size, cp_rank)
                 outs.append(self._attend(*document, causal=False, allowed=allowed))
         out_NTD = torch.cat(outs, dim=2).squeeze(0)
         return out_NTD.transpose(0, 1).flatten(1).unsqueeze(1)

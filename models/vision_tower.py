@@ -92,6 +92,7 @@ class VisionTower(MegatronModule):
         finally:
             self._modules["unused_layers"] = unused
         for number, layer in enumerate(self.unused_layers):
+            assert isinstance(layer, MegatronModule)
             layer_prefix = f"{prefix}unused_layers.{number}."
             state.update(layer.sharded_state_dict(layer_prefix, sharded_offsets, metadata))
         return state
