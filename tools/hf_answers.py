@@ -42,7 +42,6 @@ class ExportedModel:
         ).eval()
         if torch.cuda.is_available():
             self.model.cuda()
-        self.end_token: int = self.model.generation_config.eos_token_id
 
     def without_tiling(self) -> "ExportedModel":
         """Switch tiling off in model and processor: base tile plus the same area once more."""
@@ -97,54 +96,56 @@ class ExportedModel:
     def log_probs(self, pairs: Sequence[Pair], batch: int = 32) -> Tensor:
         """Summed log-probabilities of the answers, float32 [pairs, 2] (chosen, rejected).
 
-        An answer's tokens are those after the prompt up to its end token, as in training.
+        An answer is what the template puts after the prompt, through its end token; it is
+        tokenised apart from the prompt, as in training and in generation.
         """
-        sides = [
-            (number, text) for number, p in enumerate(pairs) for text in (p.chosen, p.rejected)
-        ]
+        sides = [(pair, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
         sums = torch.zeros(len(sides))
-        sizes = [
-            (0, len(text)) if image is None else open_image(image).size
-            for image, text in ((pairs[number].image, text) for number, text in sides)
-        ]
+        sizes = [(0, 1) if p.image is None else open_image(p.image).size for p, _ in sides]
         for numbers in _batches(sizes, batch):
-            rows = [(pairs[sides[number][0]], sides[number][1]) for number in numbers]
-            seen = [pair.image is not None for pair, _ in rows]
-            images = [pair.image for pair, _ in rows if pair.image is not None]
-            full = self.inputs(
-                [
-                    self.prompt(pair.question, has, text)
-                    for (pair, text), has in zip(rows, seen, strict=True)
-                ],
-                images,
-                "right",
-            )
-            prompt = self.inputs(
-                [
-                    self.prompt(pair.question, has)
-                    for (pair, _), has in zip(rows, seen, strict=True)
-                ],
-                images,
-                "right",
-            )
-            sums[numbers] = self._score(full, prompt["input_ids"], prompt["attention_mask"])
+            sums[numbers] = self._score([sides[number] for number in numbers])
         return sums.view(-1, 2)
 
-    def _score(self, full: dict[str, Tensor], prompt: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Sum over each row's tokens from the end of its prompt through its first end token."""
-        ids = full["input_ids"]
-        logits = self.model(**full).logits.float()
-        log_probs = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        sums = []
-        for row, (tokens, begin) in enumerate(zip(ids, prompt_mask.sum(1).tolist(), strict=True)):
-            if not torch.equal(tokens[:begin], prompt[row, :begin]):
-                raise ValueError("the chat template renders a prompt differently with its answer")
-            ends = (tokens[begin:] == self.end_token).nonzero()
-            if len(ends) == 0:
-                raise ValueError("the chat template ends an answer without the end token")
-            end = begin + int(ends[0])
-            sums.append(log_probs[row, begin - 1 : end].sum())
+    def _score(self, rows: Sequence[tuple[Pair, str]]) -> Tensor:
+        """Summed log-probability of each row's answer, [rows]."""
+        prompts = [self.prompt(pair.question, pair.image is not None) for pair, _ in rows]
+        images = [pair.image for pair, _ in rows if pair.image is not None]
+        batch = self.inputs(prompts, images, "right")
+        lengths = batch["attention_mask"].sum(1).tolist()
+        answers = [
+            self._answer_ids(pair, text, prompt)
+            for (pair, text), prompt in zip(rows, prompts, strict=True)
+        ]
+        whole = [
+            torch.cat([ids[:length], answer])
+            for ids, length, answer in zip(batch["input_ids"], lengths, answers, strict=True)
+        ]
+        pad = self.processor.tokenizer.pad_token_id
+        batch["input_ids"] = torch.nn.utils.rnn.pad_sequence(whole, True, pad)
+        ends = torch.tensor([len(ids) for ids in whole], device=self.model.device)
+        columns = torch.arange(batch["input_ids"].shape[1], device=self.model.device)
+        batch["attention_mask"] = (columns < ends[:, None]).long()
+        logits = self.model(**batch).logits[:, :-1].float()
+        following = batch["input_ids"][:, 1:, None]
+        log_probs = logits.log_softmax(-1).gather(2, following)[..., 0]
+        sums = [
+            row[length - 1 : len(ids) - 1].sum()
+            for row, length, ids in zip(log_probs, lengths, whole, strict=True)
+        ]
         return torch.stack(sums).cpu()
+
+    def _answer_ids(self, pair: Pair, answer: str, prompt: str) -> Tensor:
+        rendered = self.prompt(pair.question, pair.image is not None, answer)
+        end = self.processor.tokenizer.eos_token
+        if not rendered.startswith(prompt) or end not in rendered[len(prompt) :]:
+            raise ValueError(
+                "the chat template does not put answer and end token after the prompt; correct "
+                "chat_template.jinja"
+            )
+        text = rendered[len(prompt) :]
+        text = text[: text.rindex(end) + len(end)]
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, device=self.model.device)
 
 
 def _batches(sizes: Sequence[tuple[int, int]], batch: int) -> Iterator[list[int]]:

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from conf.schema.errors import ConfigError
 from conf.schema.model import ModelConfig
+from data_shards.chat_template import ChatTemplate
 from models.anyres import AnyresGeometry
 from pipeline.files import read_json
 
@@ -121,21 +122,27 @@ def import_tokenizer(source: Path, target: Path, image_token_id: int) -> list[st
 def write_tokenizer(source: Path, target: Path, max_positions: int) -> list[str]:
     """tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
 
-    A post-processor that adds tokens by itself (EuroLLM's BOS) is taken out, because training
-    encodes the rendered template as it is; so every reader sees as many BOS as training did.
+    A post-processor that adds BOS by itself (EuroLLM's) is taken out and the chat template writes
+    BOS instead, so that every reader sees exactly the one that training saw: vLLM renders chats
+    without the post-processor, lmms-eval with it.
     `model_input_names` leaves out `token_type_ids`, which `generate` of 4.57.6 refuses.
     Returns what was changed.
     """
     changes: list[str] = []
     tokenizer, tokens = read_tokenizer(source), special_tokens(source)
+    template = (source / TEMPLATE).read_text(encoding="utf-8")
     content = json.loads((source / TOKENIZER).read_text(encoding="utf-8"))
     if tokenizer.encode("a").ids != tokenizer.encode("a", add_special_tokens=False).ids:
         content["post_processor"] = None
-        changes.append("the tokenizer no longer adds special tokens by itself")
+        changes.append("BOS is written by the chat template, no longer by the tokenizer")
         _write_json(target / TOKENIZER, content, indent=None)
+        named = {"bos_token": tokens.bos or "", "eos_token": tokens.eos}
+        hello = [{"role": "user", "content": "Olá"}]
+        if not ChatTemplate(template, named).render(hello, True).startswith(tokens.bos or ""):
+            template = "{{- bos_token }}" + template
     else:
         shutil.copyfile(source / TOKENIZER, target / TOKENIZER)
-    shutil.copyfile(source / TEMPLATE, target / TEMPLATE)
+    (target / TEMPLATE).write_text(template, encoding="utf-8")
     named = {
         "bos_token": tokens.bos,
         "eos_token": tokens.eos,

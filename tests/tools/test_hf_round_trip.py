@@ -1,0 +1,205 @@
+"""Import, export and import again: complete, loadable by transformers, bit for bit the same."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from conf.compose import compose
+from models.anyres import AnyresGeometry
+from models.hf_state import VOCABULARY_TABLES
+from pipeline.handoff import read_done
+from tests.tools.small_backbones import OVERRIDES, write_backbones
+from tools import hf_export, hf_import
+from tools.command import run
+from tools.hf_answers import ExportedModel
+from tools.questions import Pair, Question
+from tools.safetensors_files import read_weights
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an import and its export, made through the command lines' main functions."""
+    root = tmp_path_factory.mktemp("run")
+    vision, language, tokenizer = write_backbones(root / "backbones")
+    paths = [f"vision={vision}", f"language={language}", f"tokenizer={tokenizer}"]
+    assert run(hf_import.main, [*OVERRIDES, *paths, f"out={root / 'import'}"]) == 0
+    assert run(hf_export.main, [f"stage={root / 'import'}", f"out={root / 'hf'}"]) == 0
+    return root
+
+
+def test_import_is_a_finished_stage(
+    run_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = read_done(run_directory / "import")
+    arguments = [*OVERRIDES, "vision=x", "language=x", "tokenizer=x"]
+    assert run(hf_import.main, [*arguments, f"out={run_directory / 'import'}"]) == 0
+    assert "already imported" in capsys.readouterr().out
+    assert (done.stage, done.number, done.step) == ("import", 0, 0)
+    assert (run_directory / "import" / done.checkpoint / "MANIFEST.json").is_file()
+    assert (run_directory / "import" / "tokenizer" / "chat_template.jinja").is_file()
+
+
+def test_export_holds_the_backbones_bit_for_bit(run_directory: Path) -> None:
+    exported = read_weights(run_directory / "hf")
+    vision = load_file(run_directory / "backbones/vision/model.safetensors")
+    language = load_file(run_directory / "backbones/language/model.safetensors")
+    seen = set()
+    for name, tensor in vision.items():
+        if ".head." not in name:
+            assert torch.equal(exported[f"vision_tower.{name}"], tensor), name
+            seen.add(f"vision_tower.{name}")
+    for name, tensor in language.items():
+        name = f"language_model.{name}"
+        assert torch.equal(exported[name][: len(tensor)], tensor), name
+        seen.add(name)
+    for name in VOCABULARY_TABLES:
+        assert exported[name].shape == (320, 32)
+    rest = set(exported) - seen
+    assert rest == {"image_newline"} | {
+        f"multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")
+    }
+
+
+def test_transformers_loads_every_tensor(run_directory: Path) -> None:
+    _, info = AutoModelForImageTextToText.from_pretrained(
+        run_directory / "hf", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert not info["mismatched_keys"] and not info["error_msgs"]
+
+
+def test_import_of_the_export_comes_back_the_same(run_directory: Path, tmp_path: Path) -> None:
+    arguments = [*OVERRIDES, f"llava={run_directory / 'hf'}", f"out={tmp_path / 'import'}"]
+    assert run(hf_import.main, arguments) == 0
+    assert run(hf_export.main, [f"stage={tmp_path / 'import'}", f"out={tmp_path / 'hf'}"]) == 0
+    first, second = read_weights(run_directory / "hf"), read_weights(tmp_path / "hf")
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (run_directory / "hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+def picture(width: int, height: int) -> bytes:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_processor_counts_the_tokens_of_our_geometry(run_directory: Path) -> None:
+    processor = AutoProcessor.from_pretrained(run_directory / "hf")
+    model = compose(OVERRIDES).model
+    geometry = AnyresGeometry.from_model(model)
+    for width, height in ((50, 33), (200, 31), (20, 90)):
+        content = [
+            {"type": "image", "image": Image.open(io.BytesIO(picture(width, height)))},
+            {"type": "text", "text": "Que algarismos?"},
+        ]
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        assert "token_type_ids" not in batch
+        ids = batch["input_ids"][0]
+        assert int((ids == model.image_token_id).sum()) == geometry.n_tokens(height, width)
+        assert int((ids == 1).sum()) == 1, "one BOS"
+
+
+def test_batches_answer_as_single_questions(run_directory: Path) -> None:
+    model = ExportedModel(run_directory / "hf")
+    questions = [
+        Question(picture(w, h), f"Que algarismo é {w}?", "x", "read", "1x1")
+        for w, h in ((50, 33), (200, 31), (20, 90))
+    ]
+    together = model.answers(questions, batch=3, max_new_tokens=6)
+    alone = [model.answers([question], max_new_tokens=6)[0] for question in questions]
+    assert together == alone
+    pairs = [Pair(picture(60, 30), "Olá?", "um", "dois ou três", "style")]
+    pairs.append(Pair(None, "Está?", "sete", "um", "style"))
+    scores = model.log_probs(pairs)
+    assert scores.shape == (2, 2)
+    assert torch.allclose(model.log_probs(pairs[1:]), scores[1:], atol=1e-4)
+    # by hand: prompt, answer and end token alone
+    ids = model.processor.tokenizer(model.prompt("Está?", False))["input_ids"]
+    answer = model.processor.tokenizer("sete<|im_end|>")["input_ids"]
+    with torch.no_grad():
+        logits = model.model(input_ids=torch.tensor([ids + answer])).logits[0].float()
+    by_hand = logits.log_softmax(-1)[len(ids) - 1 : -1].gather(1, torch.tensor(answer)[:, None])
+    assert scores[1, 0].item() == pytest.approx(by_hand.sum().item(), abs=1e-4)
+
+
+def test_without_tiling_there_are_two_tiles(run_directory: Path) -> None:
+    model = ExportedModel(run_directory / "hf").without_tiling()
+    prompt = model.prompt("Olá?")
+    batch = model.inputs([prompt], [picture(200, 31)], "left")
+    assert batch["pixel_values"].shape[1] == 2
+    assert model.answers(
+        [Question(picture(200, 31), "Olá?", "", "", "")], max_new_tokens=2
+    )  # model and processor agree on the number of features
+
+
+def test_existing_output_and_unfinished_stage_are_refused(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(hf_export.main, [f"stage={run_directory / 'import'}", f"out={tmp_path}"]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert run(hf_export.main, [f"stage={tmp_path}", f"out={tmp_path / 'hf'}"]) == 1
+    assert "DONE.json is missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoint_is_refused_and_nothing_is_left(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = tmp_path / "import"
+    shutil.copytree(run_directory / "import", stage)
+    shard = max(
+        (stage / "checkpoints/step_00000000").glob("*.distcp"), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run(hf_export.main, [f"stage={stage}", f"out={tmp_path / 'hf'}"]) == 1
+    assert shard.name in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["import"]
+
+
+def test_another_tokenizer_is_refused(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "tokenizer"
+    shutil.copytree(run_directory / "import/tokenizer", other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<image>\\n", "<image>"))
+    arguments = [
+        f"stage={run_directory / 'import'}",
+        f"out={tmp_path / 'hf'}",
+        f"tokenizer={other}",
+    ]
+    assert run(hf_export.main, arguments) == 1
+    assert "not the tokenizer" in capsys.readouterr().err
+
+
+def test_command_line_in_a_process_of_its_own(run_directory: Path, tmp_path: Path) -> None:
+    """The checkpoint writer starts a process that imports the main module again."""
+    backbones = run_directory / "backbones"
+    command = [sys.executable, "-m", "tools.hf_import", *OVERRIDES]
+    command += [f"{name}={backbones / name}" for name in ("vision", "language", "tokenizer")]
+    command += [f"out={tmp_path / 'import'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "import/DONE.json").read_text())
+    assert record["tokenizer_digest"] == read_done(run_directory / "import").tokenizer_digest
