@@ -38,9 +38,10 @@ def draws(sources: Sequence[MixSource], seed: int) -> Iterator[np.ndarray]:
     """
     weights = np.array([source.weight for source in sources], np.float64)
     # Upper ends of each source's share of the 64-bit circle; the last end is the circle's.
-    ends = (np.cumsum(weights / weights.sum())[:-1] * 2.0**64).astype(np.uint64)
+    shares = np.cumsum(weights / weights.sum())[:-1]
+    ends = np.minimum(shares * 2.0**64, 2.0**64 - 2048).astype(np.uint64)
     start = philox(seed, "mixture").integers(0, 2**64, dtype=np.uint64)
-    taken = [0] * len(sources)
+    epochs = [_Epochs(source, seed) for source in sources]
     position = 0
     while True:
         index = np.arange(position, position + CHUNK, dtype=np.uint64)
@@ -48,10 +49,9 @@ def draws(sources: Sequence[MixSource], seed: int) -> Iterator[np.ndarray]:
         number = np.searchsorted(ends, points, side="right")
         chunk = np.empty((CHUNK, 2), np.int64)
         chunk[:, 0] = number
-        for which, source in enumerate(sources):
+        for which, source in enumerate(epochs):
             mine = np.flatnonzero(number == which)
-            chunk[mine, 1] = _take(source, seed, taken[which], len(mine))
-            taken[which] += len(mine)
+            chunk[mine, 1] = source.take(len(mine))
         yield chunk
         position += CHUNK
 
@@ -70,15 +70,23 @@ def positive(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
 
 
-def _take(source: MixSource, seed: int, first: int, count: int) -> np.ndarray:
-    """Draws first .. first+count-1 of one source."""
-    size = len(source.rows)
-    parts = []
-    while count > 0:
-        epoch, offset = divmod(first, size)
-        order = philox(seed, source.name, epoch).permutation(size)
-        part = order[offset : offset + count]
-        parts.append(source.rows[part])
-        first += len(part)
-        count -= len(part)
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+class _Epochs:
+    """The rows of one source, epoch after epoch, each in its own order."""
+
+    def __init__(self, source: MixSource, seed: int):
+        self._source, self._seed = source, seed
+        self._epoch = -1
+        self._left = np.empty(0, np.int64)
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` rows, int64."""
+        parts = [np.empty(0, np.int64)]
+        while count > 0:
+            if not len(self._left):
+                self._epoch += 1
+                generator = philox(self._seed, self._source.name, self._epoch)
+                self._left = self._source.rows[generator.permutation(len(self._source.rows))]
+            parts.append(self._left[:count])
+            self._left = self._left[count:]
+            count -= len(parts[-1])
+        return np.concatenate(parts)

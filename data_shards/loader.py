@@ -1,0 +1,239 @@
+"""What one data-parallel replica reads: the packs of a step, as micro-batches.
+
+`Loader.step` is a pure function of the step. Prefetching threads only change when the work is done,
+never the result. Threads, not processes: reading, decoding, resizing, CRC and tokenising all happen
+outside the interpreter lock, and tiles need not be copied between processes.
+"""
+
+import json
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_shards.batch import PackedBatch
+from data_shards.chat import ChatTokenizer, Encoded
+from data_shards.collate import BadPicture, LoadedSample, collate
+from data_shards.manifest import Manifest
+from data_shards.plan import Plan
+from data_shards.reader import BadSample, DescriptorCache, ShardReader
+from data_shards.sample import SampleError, record_messages
+from models.anyres import AnyresGeometry
+
+logger = logging.getLogger(__name__)
+
+
+class LoaderError(ValueError):
+    """Training data that must not be trained on; names file, sample, cause and remedy."""
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    batch: PackedBatch
+    masked: tuple[tuple[tuple[int, int], str], ...]  # (sample id, reason)
+
+
+class Loader:
+    """Micro-batches of replica `dp_rank` of `dp_size`.
+
+    A sample whose bytes are bad (CRC-32 differs, shard cut short, unreadable) is masked in place:
+    its documents keep their lengths but hold padding, its loss mask is 0, its tiles are black. It
+    is logged and counted; more than `max_masked` different ones raise LoaderError. Every rank that
+    reads the same packs masks the same samples, because all of them check the CRCs, also those
+    that decode no image.
+
+    Args:
+        plan: from `build_plan` or `sequential_plan`.
+        manifests: data sets by name; at least those of the plan.
+        tokenizer, geometry: must be those that the shards were built with.
+        micro_batch_size: packs of one micro-batch.
+        need_images: False on ranks without the vision tower: `tiles_NCHW` is then one black tile,
+            everything else is the same.
+        workers: prefetching threads of `batches`; 0 loads in line.
+        max_masked: most samples that may be masked.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        manifests: Mapping[str, Manifest],
+        tokenizer: ChatTokenizer,
+        geometry: AnyresGeometry,
+        *,
+        micro_batch_size: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        need_images: bool = True,
+        workers: int = 1,
+        max_masked: int = 100,
+        max_open_files: int = 64,
+    ):
+        if plan.packs_per_step % (dp_size * micro_batch_size):
+            raise LoaderError(
+                f"stage.global_batch_size={plan.packs_per_step} is not a multiple of "
+                f"stage.micro_batch_size={micro_batch_size} times {dp_size} data-parallel replicas"
+            )
+        self._plan, self._tokenizer, self._geometry = plan, tokenizer, geometry
+        self._manifests = [manifests[name] for name in plan.names]
+        tokenizer_digest, geometry_digest = tokenizer.digest(), geometry.digest()
+        for manifest in self._manifests:
+            manifest.check_environment(tokenizer_digest, geometry_digest)
+            manifest.check_shards()
+        self._descriptors = DescriptorCache(max_open_files)
+        self._readers = [ShardReader(m, self._descriptors) for m in self._manifests]
+        self._micro_batch_size = micro_batch_size
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._need_images = need_images
+        self._workers = workers
+        self._max_masked = max_masked
+        self._masked: dict[tuple[int, int], str] = {}
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of one step of this replica."""
+        return self._plan.packs_per_step // (self._dp_size * self._micro_batch_size)
+
+    @property
+    def n_masked(self) -> int:
+        """Different samples masked so far."""
+        return len(self._masked)
+
+    def step(self, step: int) -> list[PackedBatch]:
+        """This replica's micro-batches of one step, loaded now, in the calling thread.
+
+        Raises:
+            PlanError: a step outside the plan.
+            LoaderError: bytes that are whole but not what the manifest says, or too many bad ones.
+        """
+        return self._deliver(self._load(packs) for packs in self._micro_batches(step))
+
+    def batches(
+        self, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, list[PackedBatch]]]:
+        """(step, micro-batches) from `start` up to `stop` (default: the plan's end), prefetched.
+
+        Holds at most two micro-batches for each worker beside those being delivered. Close the
+        iterator (or let it end) to stop its threads. Raises as `step`.
+        """
+        steps = range(start, self._plan.steps if stop is None else stop)
+        if self._workers == 0:
+            for step in steps:
+                yield step, self.step(step)
+            return
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
+        pending: deque[Future[_MicroBatch]] = deque()
+        work = (packs for step in steps for packs in self._micro_batches(step))
+
+        def refill() -> None:
+            while len(pending) < 2 * self._workers:
+                packs = next(work, None)
+                if packs is None:
+                    return
+                pending.append(pool.submit(self._load, packs))
+
+        def taken() -> Iterator[_MicroBatch]:
+            for _ in range(self.micro_batches_per_step):
+                refill()
+                yield pending.popleft().result()
+                refill()
+
+        try:
+            for step in steps:
+                yield step, self._deliver(taken())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """Close the shard files."""
+        self._descriptors.close()
+
+    def _micro_batches(self, step: int) -> list[list[np.ndarray]]:
+        packs = self._plan.packs(step, self._dp_rank, self._dp_size)
+        size = self._micro_batch_size
+        return [packs[first : first + size] for first in range(0, len(packs), size)]
+
+    def _deliver(self, loaded: Iterator[_MicroBatch]) -> list[PackedBatch]:
+        """Count and log masked samples in the order of the plan, whoever loaded them first."""
+        batches = []
+        for micro_batch in loaded:
+            for sample_id, reason in micro_batch.masked:
+                if sample_id in self._masked:
+                    continue
+                self._masked[sample_id] = reason
+                logger.warning("masked sample: %s", reason)
+                if len(self._masked) > self._max_masked:
+                    raise LoaderError(
+                        f"more than {self._max_masked} samples had bad bytes, the last: {reason}"
+                    )
+            batches.append(micro_batch.batch)
+        return batches
+
+    def _load(self, packs: Sequence[np.ndarray]) -> _MicroBatch:
+        samples = [
+            [self._sample(int(which), int(row)) for which, row in pack.tolist()] for pack in packs
+        ]
+        try:
+            batch = collate(
+                samples,
+                self._geometry,
+                sequence_length=self._plan.sequence_length,
+                document_multiple=self._plan.document_multiple,
+                pad_id=self._tokenizer.pad_id,
+                need_images=self._need_images,
+            )
+        except BadPicture as error:
+            which, row = error.sample_id
+            raise LoaderError(self._mismatch(self._manifests[which], row, str(error))) from None
+        masked = tuple(
+            (sample.sample_id, sample.mask_reason)
+            for pack in samples
+            for sample in pack
+            if sample.mask_reason is not None
+        )
+        return _MicroBatch(batch, masked)
+
+    def _sample(self, which: int, row: int) -> LoadedSample:
+        manifest = self._manifests[which]
+        first, last = manifest.first_image[row], manifest.first_image[row + 1]
+        image_hw = tuple((int(h), int(w)) for h, w in manifest.image_hw[first:last])
+        lengths = [int(manifest.tokens[row])]
+        if manifest.info.preference:
+            lengths.append(int(manifest.tokens_rejected[row]))
+        try:
+            record, image_bytes = self._readers[which].read(row)
+        except BadSample as error:
+            blank = tuple(_blank(length, self._tokenizer.pad_id) for length in lengths)
+            return LoadedSample((which, row), blank, image_hw, None, str(error))
+        try:
+            documents = self._encode(record, image_hw, manifest.info.preference)
+        except ValueError as error:
+            raise LoaderError(self._mismatch(manifest, row, str(error))) from None
+        if [len(document.ids) for document in documents] != lengths:
+            found = ", ".join(str(len(document.ids)) for document in documents)
+            raise LoaderError(self._mismatch(manifest, row, f"{found} tokens, not {lengths}"))
+        return LoadedSample((which, row), documents, image_hw, tuple(image_bytes))
+
+    def _encode(
+        self, record: bytes, image_hw: Sequence[tuple[int, int]], preference: bool
+    ) -> tuple[Encoded, ...]:
+        messages, chosen, rejected = record_messages(json.loads(record))
+        image_tokens = [self._geometry.n_tokens(*size) for size in image_hw]
+        if not preference:
+            return (self._tokenizer.encode(messages, image_tokens),)
+        if chosen is None or rejected is None:
+            raise SampleError("no chosen and rejected answers")
+        return self._tokenizer.encode_preference(messages, chosen, rejected, image_tokens)
+
+    def _mismatch(self, manifest: Manifest, row: int, cause: str) -> str:
+        shard = manifest.info.shards[manifest.shard[row]].name
+        return (
+            f"{manifest.shards_directory / shard}: sample {manifest.key(row)} (row {row}): "
+            f"{cause}; its bytes are whole, so another version built it: build the shards again"
+        )
+
+
+def _blank(length: int, pad_id: int) -> Encoded:
+    return Encoded(np.full(length, pad_id, np.int64), np.zeros(length, bool), np.empty(0, np.int64))
