@@ -1,0 +1,91 @@
+# The front door. Each verb is a thin line over `python -m package.module key=value`.
+#   make stage2 RUN=mine MODEL=tiny DATA=demo ARGS="stage.steps=100 parallel=tp2"
+
+CLUSTER ?= local
+RUN ?= demo
+MODEL ?= tiny
+DATA ?= demo
+STAGE ?= stage3
+DRY ?=
+ARGS ?=
+VENV ?= .venv
+WORKERS ?= 2
+
+# The first of these that can make a virtual environment.
+PYTHON ?= $(shell for p in python3.11 python3.12; do \
+	$$p -c 'import ensurepip, venv' 2>/dev/null && echo $$p && break; done)
+# Where there is no GPU, the CPU build of torch: a tenth of the download.
+TORCH = torch==2.13.0
+CPU_INDEX = https://download.pytorch.org/whl/cpu
+
+PY = $(VENV)/bin/python
+PIP = $(PY) -m pip --disable-pip-version-check --quiet
+READY = $(VENV)/.installed
+SUBMIT = $(PY) -m slurm.submit run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
+	$(if $(DRY),dry=$(DRY))
+# Verbs that have no plan of their own to print only show their command with DRY=1.
+SHOW = $(if $(DRY),@echo would run:)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format shards stage1 stage2 stage3 pipeline import export eval report
+
+help: ## this list
+	@grep -hE '^[a-z0-9 ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
+		| awk -F '\t' '{ printf "  %-20s %s\n", $$1, $$2 }'
+	@echo
+	@echo 'Variables (now): CLUSTER=$(CLUSTER) RUN=$(RUN) MODEL=$(MODEL) DATA=$(DATA) STAGE=$(STAGE)'
+	@echo '  DRY=1 prints what would run; ARGS="key=value ..." overrides any setting of conf/'
+
+setup: $(READY) ## make .venv and install everything (every verb does it by itself)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@test -x $(PY) || test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or 3.12 that can make a \
+	virtual environment; install one (Debian: apt install python3.11-venv) or give PYTHON=' >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV) (some minutes the first time)'
+	@if command -v nvidia-smi >/dev/null 2>&1 || test "$$(uname -s)" != Linux; then \
+		$(PIP) install '$(TORCH)'; \
+	else \
+		$(PIP) install '$(TORCH)+cpu' 2>/dev/null \
+		|| $(PIP) install '$(TORCH)+cpu' --extra-index-url $(CPU_INDEX) 2>/dev/null \
+		|| $(PIP) install '$(TORCH)'; \
+	fi
+	@$(PIP) install -c constraints.txt -e '.[dev,eval]'
+	@touch $@
+
+demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
+	$(SHOW) $(PY) -m tools.demo run=$(RUN) $(ARGS)
+
+test: $(READY) ## all tests; what is skipped is listed with its reason
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(READY) ## ruff, writing
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+shards: $(READY) ## sources of DATA to tar shards and manifests
+	$(SHOW) $(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) $(ARGS)
+
+stage1 stage2 stage3: $(READY) ## one stage of RUN; the same command resumes
+	$(SUBMIT) stages=[$@] $(ARGS)
+
+pipeline: $(READY) ## the three stages, each once
+	$(SUBMIT) stages=[stage1,stage2,stage3] $(ARGS)
+
+import: $(READY) ## VISION= LANGUAGE= TOKENIZER= (Hugging Face folders), or LLAVA=, to runs/RUN/import
+	$(SHOW) $(PY) -m tools.hf_import model=$(MODEL) $(if $(LLAVA),llava=$(LLAVA),\
+		vision=$(VISION) language=$(LANGUAGE) tokenizer=$(TOKENIZER)) out=runs/$(RUN)/import $(ARGS)
+
+export: $(READY) ## STAGE of RUN to a Hugging Face folder, OUT= (default runs/RUN/hf)
+	$(SHOW) $(PY) -m tools.hf_export stage=runs/$(RUN)/$(STAGE) out=$(or $(OUT),runs/$(RUN)/hf) $(ARGS)
+
+eval: $(READY) ## held-out questions to the exported model
+	$(SHOW) $(PY) -m tools.evaluate run=$(RUN) $(ARGS)
+
+report: $(READY) ## report.html and report.json of RUN
+	$(SHOW) $(PY) -m tools.report run=$(RUN) $(ARGS)
