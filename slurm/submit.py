@@ -122,7 +122,9 @@ def missing(run: RunDirectory, configs: Mapping[str, Config], to_run: Sequence[s
                     f"{stage} needs the shards {Path(data.root) / source}: run `make shards`"
                 )
         if not Path(data.tokenizer).is_dir():
-            reasons.append(f"{stage} needs the tokenizer {data.tokenizer}: set data.tokenizer")
+            reasons.append(
+                f"{stage} needs the tokenizer {data.tokenizer}: run `make import`, or set data.tokenizer"
+            )
     return list(dict.fromkeys(reasons))
 
 
