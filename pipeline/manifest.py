@@ -12,6 +12,8 @@ from pipeline.files import digest_and_fsync, read_json, write_json
 
 MANIFEST = "MANIFEST.json"
 _FORMAT = 1
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is incomplete, damaged or does not belong here."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from pipeline.step import run_schedule
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
 
+PROGRESS_SECONDS = 5.0
 Rows = dict[tuple[int, int], tuple[float, float]]
 _SCHEMA = pa.schema(
     [
@@ -46,8 +48,8 @@ def reference_digest(trainer: Trainer) -> str:
         "format": 1,
         "checkpoint": trainer.check_predecessor().checkpoint_digest,
         "data_sets": data.manifest_digests,
-        "tokenizer": data.tokenizer_digest,
-        "geometry": data.geometry_digest,
+        "tokenizer": data.tokenizer.digest(),
+        "geometry": data.geometry.digest(),
         "model": asdict(config.model),
         "precision": asdict(config.precision),
     }
@@ -71,10 +73,11 @@ def reference_log_probs(trainer: Trainer) -> Rows:
             _write(path, rows, digest)
         dist.barrier()
     rows = read_reference(path, digest)
-    if len(rows) != trainer.data.n_samples:
+    expected = len(trainer.data.everything.samples)
+    if len(rows) != expected:
         raise ValueError(
-            f"{path} has {len(rows)} pairs, the data has {trainer.data.n_samples}; remove the "
-            "file to compute it again"
+            f"{path} has {len(rows)} pairs, the data has {expected}; remove the file "
+            "to compute it again"
         )
     return rows
 
@@ -85,8 +88,9 @@ def _compute(trainer: Trainer) -> Rows:
     # Every data-parallel rank's rows live on its last stage; tensor and context peers agree.
     found: Rows = {}
     trainer.model.eval()
-    progress = trainer.data.progress(trainer.data.sequential_steps)
-    for step, micro_batches in trainer.data.iterate_sequential():
+    started = said = time.monotonic()
+    total = trainer.data.everything.steps
+    for step, micro_batches in trainer.data.every_sample():
         with torch.no_grad():
             reports = run_schedule(
                 trainer.model, objective, micro_batches, stage, ranks.device, forward_only=True
@@ -96,9 +100,11 @@ def _compute(trainer: Trainer) -> Rows:
                 report["ids"].tolist(), report["log_probs"].tolist(), strict=True
             ):
                 found[key[0], key[1]] = (value[0], value[1])
-        line = progress.line(step + 1, duration)
-        if line:
-            trainer.say(f"reference log-probabilities {line}")
+        now = time.monotonic()
+        if now - said >= PROGRESS_SECONDS or step + 1 == total:
+            left = (now - started) / (step + 1) * (total - step - 1)
+            trainer.say(f"reference log-probabilities {step + 1}/{total}  ETA {duration(left)}")
+            said = now
     parts: list[Rows | None] = [None] * ranks.world_size
     dist.all_gather_object(parts, found if ranks.last_stage else {})
     return {key: value for part in parts if part for key, value in part.items()}

@@ -10,11 +10,11 @@ from megatron.core import tensor_parallel
 
 def rng_state() -> dict[str, Any]:
     """State as plain containers and tensors, so that `torch.load(weights_only=True)` reads it."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }

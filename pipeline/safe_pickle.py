@@ -32,8 +32,20 @@ _ALLOWED = {
     ("pathlib", "Path"),
     ("pathlib._local", "PosixPath"),
 }
-_DTYPES = {"float64", "float32", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64",
-           "bool", "float8_e4m3fn", "float8_e5m2"}
+_DTYPES = {
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "bool",
+    "float8_e4m3fn",
+    "float8_e5m2",
+}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -53,8 +65,17 @@ def check_metadata(directory: Path) -> None:
     try:
         with open(path, "rb") as file:
             _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError,
-            TypeError, ValueError, OSError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+    ) as error:
         raise CheckpointError(
             f"{path} is not a checkpoint index that can be trusted ({error}); "
             "use another checkpoint"

@@ -16,7 +16,6 @@ from conf.schema import Config
 from models.llava_next import LlavaNext
 from pipeline import checkpoint
 from pipeline.callbacks.base import Callback, StepEvent
-from pipeline.callbacks.checkpointing import Checkpointing
 from pipeline.data import StageData
 from pipeline.distributed import Ranks
 from pipeline.files import digest_and_fsync
@@ -68,11 +67,10 @@ class Trainer:
                 "pipeline": parallel.pipeline,
                 "context": parallel.context,
             },
-            plan_digest=data.plan_digest,
+            plan_digest=data.plan.digest,
             config_digest=config_digest(config),
             code_version=os.environ.get(_CODE_VERSION, "unknown"),
         )
-        self.checkpointing = Checkpointing(config.stage.checkpoint.every)
         self.stop_reason = ""  # this rank's wish; ranks agree after each step
         self.stop_agreed = self.save_agreed = self._save_wanted = False
         self.predecessor = Path(config.init_from) if config.init_from else self._default_source()
@@ -109,8 +107,8 @@ class Trainer:
                 self.predecessor,
                 self.config.stage.number,
                 self.config.model,
-                self.data.tokenizer_digest,
-                self.data.geometry_digest,
+                self.data.tokenizer.digest(),
+                self.data.geometry.digest(),
             )
             self._predecessor_done = done
         return self._predecessor_done
@@ -153,29 +151,24 @@ class Trainer:
         for callback in callbacks:
             callback.on_start(self)
         self.model.train()
-        code = 0
-        for step, micro_batches in self.data.iterate(self.state.step):
-            started = time.perf_counter()
+        stage, code = self.config.stage, 0
+        ended = time.perf_counter()
+        for step, micro_batches in self.data.batches(self.state.step):
+            waited = time.perf_counter() - ended
             rates = learning_rates(self.optimizer)
             result = train_step(
-                self.model,
-                self.optimizer,
-                objective,
-                micro_batches,
-                self.config.stage,
-                self.ranks.device,
+                self.model, self.optimizer, objective, micro_batches, stage, self.ranks.device
             )
             self.schedule.step(1)
-            counts = self.data.count(micro_batches)
+            masked = self._agree(sum(batch.n_masked for batch in micro_batches))
+            counts = self.data.counts(step, masked)
             self.state.step = step + 1
             self.state.samples += counts.samples
-            seconds = time.perf_counter() - started
-            event = StepEvent(self.state.step, result, counts, rates, seconds)
+            self._last_result = result
+            started, ended = ended, time.perf_counter()
+            event = StepEvent(self.state.step, result, counts, rates, ended - started, waited)
             for callback in callbacks:
                 callback.on_step(self, event)
-            self._agree()
-            self.checkpointing.on_step(self, event)
-            self._last_result = result
             if self.stop_agreed and self.state.step < self.total_steps:
                 code = 128 + signal.SIGTERM
                 break
@@ -190,14 +183,19 @@ class Trainer:
             )
         return code
 
-    def _agree(self) -> None:
-        """One small all-reduce: a wish of any rank becomes everybody's decision."""
+    def _agree(self, masked: int) -> int:
+        """One small all-reduce: a wish of any rank becomes everybody's decision.
+
+        Returns the masked samples of the global batch; all ranks of a replica see the same ones.
+        """
         wishes = torch.tensor(
-            [float(bool(self.stop_reason)), float(self._save_wanted)], device=self.ranks.device
+            [float(bool(self.stop_reason)), float(self._save_wanted), float(masked)],
+            device=self.ranks.device,
         )
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
-        self.stop_agreed, self.save_agreed = (value > 0 for value in wishes.tolist())
-        self._save_wanted = False
+        dist.all_reduce(wishes)
+        stop, save, masked_everywhere = wishes.tolist()
+        self.stop_agreed, self.save_agreed, self._save_wanted = stop > 0, save > 0, False
+        return round(masked_everywhere / self.config.parallel.model_ranks)
 
     def save(self) -> None:
         """Checkpoint the current step."""
@@ -217,9 +215,9 @@ class Trainer:
                 checkpoint_digest=digest_and_fsync(directory / MANIFEST)[1],
                 step=self.state.step,
                 model=asdict(self.config.model),
-                tokenizer_digest=self.data.tokenizer_digest,
-                geometry_digest=self.data.geometry_digest,
-                plan_digest=self.data.plan_digest,
+                tokenizer_digest=self.data.tokenizer.digest(),
+                geometry_digest=self.data.geometry.digest(),
+                plan_digest=self.data.plan.digest,
                 trained=sorted(trainable_modules(stage.lr)),
                 frozen=sorted(frozen_modules(stage.lr)),
                 metrics=dict(last.values) if last is not None else {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.callbacks.base import Callback
+from pipeline.callbacks.checkpointing import Checkpointing
 from pipeline.callbacks.metrics import MetricsFile
 from pipeline.callbacks.progress import Progress
 from pipeline.callbacks.stop_signals import StopSignals
@@ -24,4 +25,5 @@ def standard_callbacks(trainer: Trainer) -> list[Callback]:
         MetricsFile(directory / "metrics.jsonl"),
         TensorBoard(directory / "tensorboard"),
         Progress(trainer.config.stage.log_every),
+        Checkpointing(trainer.config.stage.checkpoint.every),
     ]

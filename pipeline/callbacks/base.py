@@ -30,7 +30,8 @@ class StepEvent:
     result: StepResult
     counts: BatchCounts
     rates: list[float]  # learning rates that the step used, highest first
-    seconds: float
+    seconds: float  # from the end of the step before, waiting for data included
+    data_seconds: float  # of them, waiting for data
 
 
 class Callback:

@@ -55,6 +55,7 @@ class MetricsFile(Callback):
             "tiles": event.counts.tiles,
             "masked": event.counts.masked,
             "seconds": round(event.seconds, 6),
+            "data_seconds": round(event.data_seconds, 6),
         }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
