@@ -72,10 +72,10 @@ shards: $(READY) ## sources of DATA to tar shards and manifests
 	$(SHOW) $(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) $(ARGS)
 
 stage1 stage2 stage3: $(READY) ## one stage of RUN; the same command resumes
-	$(SUBMIT) stages=[$@] $(ARGS)
+	$(SUBMIT) 'stages=[$@]' $(ARGS)
 
 pipeline: $(READY) ## the three stages, each once
-	$(SUBMIT) stages=[stage1,stage2,stage3] $(ARGS)
+	$(SUBMIT) 'stages=[stage1,stage2,stage3]' $(ARGS)
 
 import: $(READY) ## VISION= LANGUAGE= TOKENIZER= (Hugging Face folders), or LLAVA=, to runs/RUN/import
 	$(SHOW) $(PY) -m tools.hf_import model=$(MODEL) $(if $(LLAVA),llava=$(LLAVA),\

@@ -71,20 +71,24 @@ def parse(arguments: Sequence[str]) -> Request:
 def prepare(request: Request) -> dict[str, Config]:
     """Compose and check every stage; ConfigError names each that cannot run."""
     configs = {stage: request.compose(stage) for stage in request.stages}
-    reasons = []
+    # What is wrong, and with which stages: the same mistake is told once.
+    reasons: dict[str, list[str]] = {}
     for stage, config in configs.items():
         try:
             check(config)
             local.refuse_too_many(config)
         except ConfigError as error:
-            reasons.append(f"{stage}: {error}")
+            reasons.setdefault(str(error), []).append(stage)
     first = next(iter(configs.values()))
     for stage, config in configs.items():
         for name in ("model", "run", "runs_dir"):
             if getattr(config, name) != getattr(first, name):
-                reasons.append(f"{stage}: {name} differs from {request.stages[0]}'s; give it once")
+                problem = f"{name} differs from {request.stages[0]}'s; give it once"
+                reasons.setdefault(problem, []).append(stage)
     if reasons:
-        raise ConfigError("; ".join(reasons))
+        raise ConfigError(
+            "; ".join(f"{', '.join(stages)}: {reason}" for reason, stages in reasons.items())
+        )
     return configs
 
 
@@ -123,7 +127,8 @@ def missing(run: RunDirectory, configs: Mapping[str, Config], to_run: Sequence[s
                 )
         if not Path(data.tokenizer).is_dir():
             reasons.append(
-                f"{stage} needs the tokenizer {data.tokenizer}: run `make import`, or set data.tokenizer"
+                f"{stage} needs the tokenizer {data.tokenizer}: run `make import`, or set "
+                "data.tokenizer"
             )
     return list(dict.fromkeys(reasons))
 

@@ -1,0 +1,60 @@
+"""The Makefile: every verb it lists runs something that exists, and is quick when all is ready."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+VERBS = re.findall(r"^([a-z0-9 ]+):.*## ", MAKEFILE, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """A finished environment as far as make can tell: this interpreter, and a fresh stamp."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / ".installed").touch()
+    return tmp_path
+
+
+def make(*arguments: str) -> str:
+    done = subprocess.run(
+        ["make", "-C", str(ROOT), "--no-print-directory", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"\$\(PY\) -m ([\w.]+)", MAKEFILE))))
+def test_every_module_exists(module: str) -> None:
+    assert importlib.util.find_spec(module) is not None
+
+
+def test_help_lists_every_verb() -> None:
+    listed = make("help")
+    assert len(VERBS) > 10
+    for verb in VERBS:
+        assert f"  {verb} " in listed
+
+
+def test_ready_means_nothing_is_installed(venv: Path) -> None:
+    assert "pip" not in make("-n", "setup", f"VENV={venv}")
+    (venv / ".installed").unlink()
+    assert "pip" in make("-n", "setup", f"VENV={venv}")
+
+
+def test_variables_reach_the_launcher(venv: Path) -> None:
+    line = make(
+        "-n", "stage2", f"VENV={venv}", "RUN=mine", "MODEL=m", "DATA=d", "DRY=1", "ARGS=a=b"
+    )
+    for word in ("run=mine", "model=m", "data=d", "cluster=local", "dry=1", "'stages=[stage2]'"):
+        assert word in line.split()
+    assert line.rstrip().endswith("a=b")
