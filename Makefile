@@ -6,6 +6,7 @@ RUN ?= demo
 MODEL ?= tiny
 DATA ?= demo
 STAGE ?= stage3
+OUT ?= $(if $(filter stage3,$(STAGE)),runs/$(RUN)/hf,runs/$(RUN)/$(STAGE)/hf)
 DRY ?=
 ARGS ?=
 VENV ?= .venv
@@ -82,10 +83,10 @@ import: $(READY) ## VISION= LANGUAGE= TOKENIZER= (Hugging Face folders), or LLAV
 		vision=$(VISION) language=$(LANGUAGE) tokenizer=$(TOKENIZER)) out=runs/$(RUN)/import $(ARGS)
 
 export: $(READY) ## STAGE of RUN to a Hugging Face folder, OUT= (default runs/RUN/hf)
-	$(SHOW) $(PY) -m tools.hf_export stage=runs/$(RUN)/$(STAGE) out=$(or $(OUT),runs/$(RUN)/hf) $(ARGS)
+	$(SHOW) $(PY) -m tools.hf_export stage=runs/$(RUN)/$(STAGE) out=$(OUT) $(ARGS)
 
-eval: $(READY) ## held-out questions to the exported model
-	$(SHOW) $(PY) -m tools.evaluate run=$(RUN) $(ARGS)
+eval: $(READY) ## held-out questions to the export of STAGE
+	$(SHOW) $(PY) -m tools.evaluate run=$(RUN) stage=$(STAGE) $(ARGS)
 
 report: $(READY) ## report.html and report.json of RUN
 	$(SHOW) $(PY) -m tools.report run=$(RUN) $(ARGS)
