@@ -1,0 +1,1 @@
+"""Source files as rows; one reader per format."""
