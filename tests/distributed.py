@@ -67,7 +67,7 @@ def _serve(pipe: Connection) -> None:
         except (EOFError, OSError):
             return
         os.environ.update(environment)
-        faulthandler.dump_traceback_later(timeout, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(timeout, file=sys.__stderr__ or 2)
         try:
             answer = (True, function(*args, **kwargs))
         except BaseException:

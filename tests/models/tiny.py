@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def tiny_model() -> ModelConfig:
     )
 
 
-def hf_twin(model: ModelConfig, seed: int = 0) -> torch.nn.Module:
+def hf_twin(model: ModelConfig, seed: int = 0) -> Any:
     """`LlavaNextForConditionalGeneration` of the same shape with random weights, float32."""
     from transformers import (
         LlamaConfig,
@@ -89,7 +90,7 @@ def hf_twin(model: ModelConfig, seed: int = 0) -> torch.nn.Module:
 
 def megatron_state(twin: torch.nn.Module, model: ModelConfig) -> dict[str, Tensor]:
     """The twin's weights under Megatron names, unsharded."""
-    return {n: t.clone() for n, t in from_hf(twin.state_dict(), model).items()}
+    return from_hf(twin.state_dict(), model)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def micro_batch(model: ModelConfig, packs: Sequence[Sequence[Document]], length:
     geometry = AnyresGeometry.from_model(model)
     side, per_tile = model.vision.image_size, geometry.grid**2
     tokens, labels, mask, positions, ends = [], [], [], [], [0]
-    image_positions, image_rows, tiles = [], [], []
+    image_positions, image_rows = [], []
+    tiles: list[np.ndarray] = []
     for pack in packs:
         start = ends[-1]
         for document in pack:
@@ -157,7 +159,7 @@ def micro_batch(model: ModelConfig, packs: Sequence[Sequence[Document]], length:
             places = np.flatnonzero(document.tokens == model.image_token_id) + ends[-1]
             rows = []
             for size, image in zip(document.sizes, document.tiles, strict=True):
-                first = per_tile * sum(len(some) for some in tiles)
+                first = per_tile * sum(map(len, tiles))
                 index = geometry.feature_rows(*size)
                 rows.append(np.where(index == NEWLINE, NEWLINE, index + first))
                 tiles.append(image)
