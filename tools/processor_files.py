@@ -136,21 +136,21 @@ def write_tokenizer(source: Path, target: Path, max_positions: int) -> list[str]
         content["post_processor"] = None
         changes.append("BOS is written by the chat template, no longer by the tokenizer")
         _write_json(target / TOKENIZER, content, indent=None)
-        named = {"bos_token": tokens.bos or "", "eos_token": tokens.eos}
+        known = {"bos_token": tokens.bos or "", "eos_token": tokens.eos}
         hello = [{"role": "user", "content": "Olá"}]
-        if not ChatTemplate(template, named).render(hello, True).startswith(tokens.bos or ""):
+        if not ChatTemplate(template, known).render(hello, True).startswith(tokens.bos or ""):
             template = "{{- bos_token }}" + template
     else:
         shutil.copyfile(source / TOKENIZER, target / TOKENIZER)
     (target / TEMPLATE).write_text(template, encoding="utf-8")
-    named = {
+    candidates = {
         "bos_token": tokens.bos,
         "eos_token": tokens.eos,
         "image_token": IMAGE_TOKEN,
         "pad_token": tokens.pad,
         "unk_token": tokens.unk,
     }
-    named = {name: text for name, text in named.items() if text is not None}
+    named = {name: text for name, text in candidates.items() if text is not None}
     added = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     config = {
         "added_tokens_decoder": {

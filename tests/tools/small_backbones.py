@@ -1,8 +1,11 @@
 """Random SigLIP and Llama checkpoints and a tokenizer, as transformers 4.57.6 saves them."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TEMPLATE = (
@@ -100,3 +103,11 @@ def write_backbones(directory: Path) -> tuple[Path, Path, Path]:
     language.save_pretrained(paths[1])
     write_tokenizer(paths[2])
     return paths
+
+
+def picture(width: int, height: int) -> bytes:
+    """A PNG of random pixels, the same for the same size."""
+    pixels = np.random.default_rng([width, height]).integers(0, 256, (height, width, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

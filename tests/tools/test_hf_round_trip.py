@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,23 +17,12 @@ from conf.compose import compose
 from models.anyres import AnyresGeometry
 from models.hf_state import VOCABULARY_TABLES
 from pipeline.handoff import read_done
-from tests.tools.small_backbones import OVERRIDES, write_backbones
+from tests.tools.small_backbones import OVERRIDES, picture
 from tools import hf_export, hf_import
 from tools.command import run
 from tools.hf_answers import ExportedModel
 from tools.questions import Pair, Question
 from tools.safetensors_files import read_weights
-
-
-@pytest.fixture(scope="module")
-def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with an import and its export, made through the command lines' main functions."""
-    root = tmp_path_factory.mktemp("run")
-    vision, language, tokenizer = write_backbones(root / "backbones")
-    paths = [f"vision={vision}", f"language={language}", f"tokenizer={tokenizer}"]
-    assert run(hf_import.main, [*OVERRIDES, *paths, f"out={root / 'import'}"]) == 0
-    assert run(hf_export.main, [f"stage={root / 'import'}", f"out={root / 'hf'}"]) == 0
-    return root
 
 
 def test_import_is_a_finished_stage(
@@ -87,13 +75,6 @@ def test_import_of_the_export_comes_back_the_same(run_directory: Path, tmp_path:
     assert all(torch.equal(first[name], second[name]) for name in first)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (run_directory / "hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
-
-
-def picture(width: int, height: int) -> bytes:
-    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_processor_counts_the_tokens_of_our_geometry(run_directory: Path) -> None:
