@@ -3,9 +3,9 @@
     python -m tools.evaluate run=demo [stage=stage3] [split=held_out]
     python -m tools.evaluate export=DIR questions=FILE out=FILE [pairs=FILE] [trainer=STAGE]
 
-The first form is the demo's: data/demo's files, the export of that stage, and the result in
-`runs/NAME/stageN/evaluation/SPLIT.json`. `tiling=false` scores with one tile beside the base tile;
-`batch=` is the number of questions decoded at once.
+The first form is the demo's: its evaluation files (in `sets=`), the export of that stage, and the
+result in `runs/NAME/stageN/evaluation/SPLIT.json`. `tiling=false` scores with one tile beside the
+base tile; `batch=` is the number of questions decoded at once.
 """
 
 import random
@@ -35,7 +35,7 @@ ARGUMENTS = (
     "runs_dir",
     "stage",
     "split",
-    "sources",
+    "sets",
     "export",
     "questions",
     "pairs",
@@ -45,6 +45,7 @@ ARGUMENTS = (
     "out",
 )
 COMPARED_QUESTIONS = 36
+SETS = "data/demo/raw/evaluation"  # where tools.demo_data puts dev and held_out
 LAST_STAGE = "stage3"
 
 
@@ -161,10 +162,10 @@ def main(arguments: list[str]) -> None:
         stage = ours.get("stage", LAST_STAGE)
         split = ours.get("split", "held_out")
         directory = Path(ours.get("runs_dir", "runs")) / ours["run"]
-        sources = Path(ours.get("sources", "data/demo/sources"))
+        sets = Path(ours.get("sets", SETS))
         ours.setdefault("export", str(export_directory(directory, stage)))
-        ours.setdefault("questions", str(sources / f"questions-{split}.parquet"))
-        ours.setdefault("pairs", str(sources / f"preferences-{split}.parquet"))
+        ours.setdefault("questions", str(sets / f"{split}.parquet"))
+        ours.setdefault("pairs", str(sets / f"{split}_pairs.parquet"))
         ours.setdefault("trainer", str(directory / stage))
         ours.setdefault("out", str(directory / stage / "evaluation" / f"{split}.json"))
     export = required(ours, "export", USAGE)
