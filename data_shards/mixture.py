@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CHUNK = 1 << 16  # draws made at a time
+_FIRST_CHUNK, _LARGEST_CHUNK = 1 << 10, 1 << 16  # draws made at a time; the order is the same
 # 2^64 divided by the golden ratio: multiples of it modulo 2^64 are the best-spread sequence
 # (Weyl 1916), so after N draws each source is within a few samples of its share of N.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -32,7 +32,7 @@ def philox(seed: int, *labels: str | int) -> np.random.Generator:
 
 
 def draws(sources: Sequence[MixSource], seed: int) -> Iterator[np.ndarray]:
-    """Endless draws, in chunks of int64 [CHUNK, 2]: (source number, manifest row).
+    """Endless draws, in chunks of int64 [n, 2]: (source number, manifest row).
 
     The k-th draw of a source is element k mod n of its (k div n)-th permutation.
     """
@@ -42,18 +42,18 @@ def draws(sources: Sequence[MixSource], seed: int) -> Iterator[np.ndarray]:
     ends = np.minimum(shares * 2.0**64, 2.0**64 - 2048).astype(np.uint64)
     start = philox(seed, "mixture").integers(0, 2**64, dtype=np.uint64)
     epochs = [_Epochs(source, seed) for source in sources]
-    position = 0
+    position, size = 0, _FIRST_CHUNK
     while True:
-        index = np.arange(position, position + CHUNK, dtype=np.uint64)
+        index = np.arange(position, position + size, dtype=np.uint64)
         points = start + index * _GOLDEN  # modulo 2^64
         number = np.searchsorted(ends, points, side="right")
-        chunk = np.empty((CHUNK, 2), np.int64)
+        chunk = np.empty((size, 2), np.int64)
         chunk[:, 0] = number
         for which, source in enumerate(epochs):
             mine = np.flatnonzero(number == which)
             chunk[mine, 1] = source.take(len(mine))
         yield chunk
-        position += CHUNK
+        position, size = position + size, min(2 * size, _LARGEST_CHUNK)
 
 
 def every_sample(sources: Sequence[MixSource]) -> np.ndarray:

@@ -58,7 +58,6 @@ def tar_header(name: str, size: int) -> bytes:
     put(124, b"%011o\0" % size + b"%011o\0" % 0)
     put(148, b" " * 8)  # the checksum counts its own field as blanks
     put(156, b"0" + b"\0" * 100 + b"ustar\x0000")
-    put(329, b"0000000\0" * 2)
     put(148, b"%06o\0 " % sum(header))
     return bytes(header)
 

@@ -71,7 +71,8 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "form"), [("CMYK", "JPEG"), ("RGB", "WEBP"), ("P", "GIF"), ("RGB", "BMP"), ("1", "PNG")]
+    ("mode", "form"),
+    [("CMYK", "JPEG"), ("RGB", "WEBP"), ("P", "GIF"), ("RGB", "BMP"), ("1", "PNG")],
 )
 def test_everything_else_becomes_png_of_what_pillow_shows(mode: str, form: str) -> None:
     data = toys.encoded(toys.picture(0, 20, 30).convert(mode), form)

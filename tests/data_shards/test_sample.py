@@ -27,7 +27,9 @@ def test_a_good_sample_survives_the_round_trip() -> None:
     content = [{"type": "text", "text": "Isto "}, {"type": "image"}, {"type": "text", "text": "?"}]
     sample = parse([SYSTEM, {"role": "user", "content": content}, ANSWER], images=1)
     messages, chosen, rejected = record_messages(json.loads(sample.to_json()))
-    assert messages == list(sample.messages) == [SYSTEM, {"role": "user", "content": content}, ANSWER]
+    assert (
+        messages == list(sample.messages) == [SYSTEM, {"role": "user", "content": content}, ANSWER]
+    )
     assert chosen is None and rejected is None and not sample.is_pair
 
 
@@ -49,7 +51,9 @@ def test_neighbouring_texts_are_joined_so_that_they_cannot_spell_a_token() -> No
 
 
 def test_a_pair_ends_with_the_question_and_takes_both_forms_of_answers() -> None:
-    sample = parse([USER], chosen="Autocarro.", rejected=[{"role": "assistant", "content": "Ônibus."}])
+    sample = parse(
+        [USER], chosen="Autocarro.", rejected=[{"role": "assistant", "content": "Ônibus."}]
+    )
     assert (sample.chosen, sample.rejected) == ("Autocarro.", "Ônibus.")
     assert sample.answers() == ["Autocarro.", "Ônibus."]
 

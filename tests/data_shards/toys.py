@@ -10,7 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from conf.schema.data import DataConfig, SourceConfig
 from conf.schema.model import ModelConfig, TextConfig, VisionConfig
@@ -215,6 +223,4 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
 
 def data_config(root: Path, tokenizer: Path, **sources: SourceConfig) -> DataConfig:
     """A data configuration with small shards."""
-    return DataConfig(
-        root=str(root), tokenizer=str(tokenizer), sources=sources, shard_bytes=40_000
-    )
+    return DataConfig(root=str(root), tokenizer=str(tokenizer), sources=sources, shard_bytes=40_000)
