@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,7 +32,7 @@ def prepare_rows(
         TokenizerError: the tokenizer cannot be used.
         WorkerError: a worker died, most likely for want of memory.
     """
-    preparer = Preparer(settings)  # also in the parent: a bad tokenizer is one clear error
+    preparer = _preparer_for(settings)  # also in the parent: a bad tokenizer is one clear error
     tasks = _grouped(rows)
     if workers <= 1:
         for task in tasks:
@@ -72,7 +73,13 @@ def _start(settings: Settings) -> None:
     global _preparer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides on Ctrl-C
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _preparer = Preparer(settings)
+    _preparer = _preparer_for(settings)
+
+
+def _preparer_for(settings: Settings) -> Preparer:
+    # Pillow warns of broken metadata, which says nothing about the pixels.
+    warnings.filterwarnings("ignore", module="PIL")
+    return Preparer(settings)
 
 
 def _die_with_parent() -> None:

@@ -33,7 +33,7 @@ def tokenizer(tokenizer_directory: Path) -> ChatTokenizer:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: Path) -> World:
-    """Data sets `chats` (24 samples), `more` (12) and `pairs` (9). Read only: copy before damage."""
+    """Data sets `chats` (24 samples), `more` (12), `pairs` (9). Copy before damaging."""
     folder = tmp_path_factory.mktemp("world")
     chats = toys.write_parquet(folder / "chats.parquet", toys.chat_rows(24), group=7)
     more = toys.write_parquet(folder / "more.parquet", toys.chat_rows(12, first=100))
