@@ -6,7 +6,6 @@ nothing else about the machine is assumed. NCCL where there is a GPU, gloo where
 
 import os
 import random
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +17,6 @@ import torch.distributed as dist
 
 from conf.schema import ParallelConfig
 from conf.schema.errors import ConfigError
-
-# Megatron-core announces at import which optional kernels it lacks; layer_specs decides that.
-warnings.filterwarnings("ignore", module=r"megatron\..*")
-warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class Trainer:
         self.predecessor = Path(config.init_from) if config.init_from else self._default_source()
         self._predecessor_done: Done | None = None
         self._last_result: StepResult | None = None
+        self._holds_predecessor = False
 
     def _default_source(self) -> Path:
         number = self.config.stage.number
@@ -134,7 +135,9 @@ class Trainer:
         checkpoint.load(self.state, directory, manifest)
 
     def load_predecessor(self) -> None:
-        """Weights of the stage before; the optimizer's master copy follows them."""
+        """Weights of the stage before, unless held; the optimizer's master copy follows them."""
+        if self._holds_predecessor:
+            return
         done = self.check_predecessor()
         directory = self.predecessor / done.checkpoint
         if digest_and_fsync(directory / MANIFEST)[1] != done.checkpoint_digest:
@@ -144,6 +147,7 @@ class Trainer:
             )
         checkpoint.load_model(self.state.model, directory)
         self.optimizer.reload_model_params()
+        self._holds_predecessor = True
         self.say(f"begins from {directory}")
 
     def fit(self, objective: Objective, callbacks: list[Callback]) -> int:

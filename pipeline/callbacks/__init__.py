@@ -8,6 +8,7 @@ from pipeline.callbacks.base import Callback
 from pipeline.callbacks.checkpointing import Checkpointing
 from pipeline.callbacks.metrics import MetricsFile
 from pipeline.callbacks.progress import Progress
+from pipeline.callbacks.reference_check import ReferenceCheck
 from pipeline.callbacks.stop_signals import StopSignals
 from pipeline.callbacks.tensorboard import TensorBoard
 from pipeline.callbacks.triggers import TriggerFiles
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 def standard_callbacks(trainer: Trainer) -> list[Callback]:
     """What every training job does beside training."""
-    directory = trainer.stage_dir
+    directory, stage = trainer.stage_dir, trainer.config.stage
+    checks: list[Callback] = [ReferenceCheck()] if stage.objective == "dpo" else []
     return [
+        *checks,
         StopSignals(),
         TriggerFiles(directory),
         MetricsFile(directory / "metrics.jsonl"),
         TensorBoard(directory / "tensorboard"),
-        Progress(trainer.config.stage.log_every),
-        Checkpointing(trainer.config.stage.checkpoint.every),
+        Progress(stage.log_every),
+        Checkpointing(stage.checkpoint.every),
     ]

@@ -1,0 +1,123 @@
+"""A run that is killed, stopped or moved to another layout goes on with the same numbers."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.schema import Config
+from tests.pipeline.small_run import SmallRun, losses, metrics, start, train
+
+STEPS = "stage.steps=16"
+TIMEOUT = 120.0
+
+
+def _lines(config: Config) -> int:
+    path = Path(config.runs_dir) / config.run / config.stage.name / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def _kill_after(config: Config, lines: int, delay: float, number: int) -> str:
+    """Start, wait for `lines` lines of metrics plus `delay` seconds, signal rank 0."""
+    processes = start(config)
+    deadline = time.monotonic() + TIMEOUT
+    while _lines(config) < lines and processes[0].poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(delay)
+    for process in processes:
+        if process.poll() is None:
+            if number == signal.SIGKILL:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+    return processes[0].communicate(timeout=TIMEOUT)[0]
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_run: SmallRun, trained: dict[str, str]) -> list[float]:
+    config = _config(small_run, "unbroken")
+    train(config)
+    return losses(config)
+
+
+def _config(small_run: SmallRun, name: str, *more: str) -> Config:
+    stage1 = small_run.root / "run" / "stage1"
+    return small_run.config("stage2", STEPS, f"init_from={stage1}", *more, run=name)
+
+
+def test_killed_at_random_moments(small_run: SmallRun, unbroken: list[float]) -> None:
+    """SIGKILL three times, in a step, in a save or between; bit for bit the same losses."""
+    config = _config(small_run, "killed")
+    chance = random.Random(20261121)
+    for lines in (1, 5, 10):
+        _kill_after(config, lines, chance.uniform(0, 2.0), signal.SIGKILL)
+    train(config)
+    assert losses(config) == unbroken
+
+
+def test_sigterm_saves_and_stops(small_run: SmallRun, unbroken: list[float]) -> None:
+    config = _config(small_run, "terminated", "stage.checkpoint.every=1000")
+    output = _kill_after(config, 3, 0.0, signal.SIGTERM)
+    assert "the same command resumes" in output
+    done = len(metrics(config))
+    assert 3 <= done < 16
+    assert "resumes after step" in train(config)
+    assert losses(config) == unbroken
+
+
+def test_exit_file(small_run: SmallRun, unbroken: list[float]) -> None:
+    config = _config(small_run, "exit-file", "stage.checkpoint.every=1000")
+    processes = start(config)
+    while _lines(config) < 2:
+        assert processes[0].poll() is None
+        time.sleep(0.01)
+    (small_run.stage_dir(config) / "EXIT").touch()
+    processes[0].communicate(timeout=TIMEOUT)
+    assert processes[0].returncode == 128 + signal.SIGTERM
+    train(config)
+    assert losses(config) == unbroken
+
+
+def test_goes_on_under_another_layout(small_run: SmallRun, unbroken: list[float]) -> None:
+    """Begun at TP 2, stopped, ended at PP 2; then with the distributed optimizer at DP 2."""
+    config = _config(small_run, "moved", "parallel=tp2")
+    _kill_after(config, 3, 0.0, signal.SIGTERM)
+    stopped = len(metrics(config))
+    assert stopped < 16
+    moved = _config(small_run, "moved", "parallel=pp2")
+    assert f"resumes after step {stopped}" in train(moved)
+    assert losses(moved) == pytest.approx(unbroken, abs=1e-5)
+
+
+def test_distributed_optimizer_resumes(small_run: SmallRun, unbroken: list[float]) -> None:
+    config = _config(small_run, "sharded", "parallel=dp2_dist")
+    _kill_after(config, 5, 0.0, signal.SIGTERM)
+    train(config)
+    assert losses(config) == pytest.approx(unbroken, abs=1e-5)
+
+
+def test_damaged_checkpoint_is_passed_over(small_run: SmallRun, unbroken: list[float]) -> None:
+    config = _config(small_run, "damaged")
+    shutil.copytree(small_run.root / "unbroken" / "stage2", small_run.stage_dir(config))
+    (small_run.stage_dir(config) / "DONE.json").unlink()
+    newest = sorted((small_run.stage_dir(config) / "checkpoints").iterdir())[-1]
+    victim = next(newest.glob("*.distcp"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    victim.write_bytes(data)
+    output = train(config)
+    assert "passed over a damaged checkpoint" in output and victim.name in output
+    assert "resumes after step 14 of 16" in output
+    assert losses(config) == unbroken
+
+
+def test_changed_plan_is_refused(small_run: SmallRun, unbroken: list[float]) -> None:
+    config = _config(small_run, "replanned")
+    shutil.copytree(small_run.root / "unbroken" / "stage2", small_run.stage_dir(config))
+    config.data.mix = {"stage2": {"chats": 1.0}}
+    assert "another data plan" in train(config, expect=1).splitlines()[-1]
