@@ -12,6 +12,11 @@ _DEMO = Path(__file__).parent
 
 # What decides the pictures and the words.
 DATA_FILES = ("canvases", "chats", "evaluation", "language", "pairs", "questions", "sources")
+# What decides a backbone: its own code, and the words for the one, the pixels for the other.
+BACKBONE_FILES = {
+    "vision": ("canvases", "tiles", "vision_pretraining"),
+    "language": (*DATA_FILES, "corpus", "language_pretraining", "text_grids", "tiles", "tokenizer"),
+}
 
 
 def settings_digest(settings: Any, files: Sequence[str]) -> str:
