@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,12 +34,13 @@ from data_shards.manifest import (
 )
 from data_shards.prepare import Prepared, Refused, Settings
 from data_shards.sources import jsonl, parquet
-from data_shards.sources.rows import SourceRow
+from data_shards.sources.rows import FIELDS, SourceRow
 from data_shards.workers import prepare_rows
 from data_shards.writer import Member, ShardWriter
 from models.anyres import AnyresGeometry
 
 VERSION = 1  # raise it when the same inputs would give other shards
+_MAX_NAME = 64  # characters of a source's name, part of file names
 _READERS = {"parquet": parquet, "jsonl": jsonl}
 
 
@@ -74,6 +76,7 @@ def build_dataset(
     tokenizer_digest: str,
 ) -> Manifest:
     """Build one data set under `data.root`/`name`, or return the one that is there already."""
+    _check_source(name, source)
     files = _files(name, source)
     settings = Settings(
         source=name,
@@ -227,6 +230,21 @@ def _existing(folder: DatasetFolder, inputs_digest: str) -> Manifest | None:
     except ManifestError:
         return None
     return manifest if manifest.info.inputs_digest == inputs_digest else None
+
+
+def _check_source(name: str, source: SourceConfig) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > _MAX_NAME:
+        raise BuildError(
+            f"data.sources.{name}: a name is at most {_MAX_NAME} letters, digits, - and _"
+        )
+    if source.format not in _READERS:
+        raise BuildError(f"data.sources.{name}.format={source.format!r}: use parquet or jsonl")
+    unknown = sorted(set(source.columns) - set(FIELDS))
+    if unknown:
+        raise BuildError(
+            f"data.sources.{name}.columns names {', '.join(unknown)}; the fields are "
+            f"{', '.join(FIELDS)}"
+        )
 
 
 def _files(name: str, source: SourceConfig) -> list[Path]:

@@ -117,22 +117,25 @@ class DatasetFolder:
 
     def publish(self) -> None:
         """Make the building folder the data set, in place of an older one."""
-        shutil.rmtree(self.building / "parts")
-        (self.building / "inputs").unlink()
-        sync_directory(self.building)
         if self.final.exists():
             os.rename(self.final, self._old)
         os.rename(self.building, self.final)
         sync_directory(self.final.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
+        self._tidy()
 
     def _repair(self) -> None:
-        """Finish an exchange that was interrupted between its two renames."""
-        if self._old.exists():
-            if self.final.exists():
-                shutil.rmtree(self._old)
-            else:
-                os.rename(self._old, self.final)
+        """Finish an exchange that was interrupted."""
+        if self._old.exists() and not self.final.exists():
+            # Between the two renames of `publish`: the new data set is complete.
+            os.rename(self.building, self.final)
+            sync_directory(self.final.parent)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Drop what only the build needed."""
+        shutil.rmtree(self._old, ignore_errors=True)
+        shutil.rmtree(self.final / "parts", ignore_errors=True)
+        (self.final / "inputs").unlink(missing_ok=True)
 
     def _part_path(self, number: int) -> Path:
         return self.building / "parts" / f"{number:06d}.parquet"

@@ -1,8 +1,8 @@
 """What one data-parallel replica reads: the packs of a step, as micro-batches.
 
 `Loader.step` is a pure function of the step. Prefetching threads only change when the work is done,
-never the result. Threads, not processes: reading, decoding, resizing, CRC and tokenising all happen
-outside the interpreter lock, and tiles need not be copied between processes.
+never the result. Threads, not processes: reading, decoding, resizing and CRC, most of the work,
+happen outside the interpreter lock, and tiles need not be copied between processes.
 """
 
 import json

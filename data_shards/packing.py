@@ -21,17 +21,23 @@ class PackLimits:
 
 
 def pack_samples(
-    samples: Iterable[tuple[int, int]], limits: PackLimits, target: int | None
+    samples: Iterable[tuple[int, int]],
+    limits: PackLimits,
+    target: int | None = None,
+    wanted: int | None = None,
+    multiple: int = 1,
 ) -> list[list[int]]:
     """Packs as lists of positions in `samples`, in the order in which they were closed.
 
     A sample goes to the open pack that it fills best. When none has room a new pack is opened and,
-    if there are too many, the fullest is closed. Reading stops when one more pack than `target`
-    would be needed; without a target, when the samples end.
+    if there are too many, the fullest is closed. Reading stops when the samples end, or when one
+    more pack than `target` would be needed.
 
     Args:
         samples: (tokens, tiles) of each sample, none larger than the limits.
-        target: packs wanted, or None.
+        target: packs to fill, or None.
+        wanted: samples to place, or None: once placed, the target becomes the packs begun so far,
+            rounded up to `multiple`.
     """
     most_tiles = limits.tiles if limits.tiles is not None else 1 << 62
     closed: list[list[int]] = []
@@ -40,6 +46,8 @@ def pack_samples(
     content: list[list[int]] = []
     open_packs = limits.open_packs if limits.packing else 0
     for position, (tokens, tiles) in enumerate(samples):
+        if position == wanted:
+            target = -(-(len(closed) + len(content)) // multiple) * multiple
         best, best_left = -1, 1 << 62
         if limits.packing:
             for index, free in enumerate(room):

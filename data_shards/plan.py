@@ -88,15 +88,14 @@ def build_plan(
             objective wants samples, or more than 1 % of the samples too long.
     """
     chosen, sources, refused = _sources(manifests, weights, stage)
-    target = None if stage.steps is None else stage.steps * stage.global_batch_size
-    if target is None:
+    if stage.steps is not None:
+        goal: dict[str, int] = {"target": stage.steps * stage.global_batch_size}
+    else:
         assert stage.epochs is not None
         wanted = math.ceil(stage.epochs * sum(len(source.rows) for source in sources))
-        packs, drawn = _pack(chosen, _first(draws(sources, stage.seed), wanted), stage, None)
-        full = math.ceil(len(packs) / stage.global_batch_size) * stage.global_batch_size
-        target = max(full, stage.global_batch_size)
-    packs, drawn = _pack(chosen, draws(sources, stage.seed), stage, target)
-    steps = target // stage.global_batch_size
+        goal = {"wanted": wanted, "multiple": stage.global_batch_size}
+    packs, drawn = _pack(chosen, draws(sources, stage.seed), stage, **goal)
+    steps = len(packs) // stage.global_batch_size
     return _plan("training", chosen, weights, stage, packs, drawn, steps, refused)
 
 
@@ -108,7 +107,7 @@ def sequential_plan(
     The last step is filled up with empty packs. Raises as `build_plan`.
     """
     chosen, sources, refused = _sources(manifests, weights, stage)
-    packs, drawn = _pack(chosen, iter([every_sample(sources)]), stage, None)
+    packs, drawn = _pack(chosen, iter([every_sample(sources)]), stage)
     steps = math.ceil(len(packs) / stage.global_batch_size)
     packs += [[] for _ in range(steps * stage.global_batch_size - len(packs))]
     return _plan("sequential", chosen, weights, stage, packs, drawn, steps, refused)
@@ -185,16 +184,8 @@ def _check_refused(
     )
 
 
-def _first(chunks: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    for chunk in chunks:
-        yield chunk[:count]
-        count -= len(chunk)
-        if count <= 0:
-            return
-
-
 def _pack(
-    chosen: list[Manifest], chunks: Iterator[np.ndarray], stage: StageConfig, target: int | None
+    chosen: list[Manifest], chunks: Iterator[np.ndarray], stage: StageConfig, **goal: int
 ) -> tuple[list[list[int]], np.ndarray]:
     """Packs of positions, and what was drawn at each position: int64 [n, 2]."""
     tokens = [padded_tokens(manifest, stage.document_multiple) for manifest in chosen]
@@ -211,7 +202,7 @@ def _pack(
             yield from map(tuple, columns.tolist())
 
     limits = PackLimits(stage.sequence_length, stage.max_tiles_per_pack, OPEN_PACKS, stage.packing)
-    packs = pack_samples(sizes(), limits, target)
+    packs = pack_samples(sizes(), limits, **goal)
     return packs, np.concatenate(drawn)
 
 

@@ -14,6 +14,7 @@ from data_shards.images import ImageError
 from tests.data_shards import toys
 
 LIMIT = 1_000_000
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of broken metadata
 
 
 def decoded(stored: images.StoredImage) -> np.ndarray:

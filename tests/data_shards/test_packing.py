@@ -17,7 +17,7 @@ def lengths(count: int, seed: int = 0) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("tiles", [None, 20])
 def test_every_sample_once_and_within_limits(tiles: int | None) -> None:
     samples = lengths(3000)
-    packs = pack_samples(samples, PackLimits(16_384, tiles), None)
+    packs = pack_samples(samples, PackLimits(16_384, tiles))
     assert sorted(position for pack in packs for position in pack) == list(range(3000))
     for pack in packs:
         assert sum(samples[p][0] for p in pack) <= 16_384
@@ -27,7 +27,7 @@ def test_every_sample_once_and_within_limits(tiles: int | None) -> None:
 
 def test_packs_are_full() -> None:
     samples = lengths(20_000)
-    packs = pack_samples(samples, PackLimits(16_384), None)
+    packs = pack_samples(samples, PackLimits(16_384))
     assert sum(tokens for tokens, _ in samples) / (len(packs) * 16_384) > 0.975
 
 
@@ -46,11 +46,22 @@ def test_fewer_samples_than_the_target() -> None:
 
 def test_without_packing_one_each_in_order() -> None:
     samples = [(5, 0)] * 10
-    assert pack_samples(samples, PackLimits(16, packing=False), None) == [[n] for n in range(10)]
+    assert pack_samples(samples, PackLimits(16, packing=False)) == [[n] for n in range(10)]
     assert pack_samples(samples, PackLimits(16, packing=False), 4) == [[n] for n in range(4)]
 
 
 def test_best_fit_takes_the_tightest_room() -> None:
     # 6 and 9 open two packs of 16; 7 fits best beside 9, 10 beside 6.
-    packs = pack_samples([(6, 0), (14, 0), (11, 0), (5, 0), (10, 0)], PackLimits(16), None)
+    packs = pack_samples([(6, 0), (14, 0), (11, 0), (5, 0), (10, 0)], PackLimits(16))
     assert sorted(map(sorted, packs)) == [[0, 4], [1], [2, 3]]
+
+
+@pytest.mark.parametrize("multiple", [1, 7, 16])
+def test_wanted_samples_are_placed_and_packs_rounded_up(multiple: int) -> None:
+    samples = lengths(20_000)
+    packs = pack_samples(samples, PackLimits(16_384), wanted=1000, multiple=multiple)
+    positions = sorted(position for pack in packs for position in pack)
+    assert positions == list(range(len(positions))) and len(positions) >= 1000
+    assert len(packs) % multiple == 0 and all(packs)
+    needed = len(pack_samples(samples[:1000], PackLimits(16_384)))
+    assert needed <= len(packs) < needed + multiple
