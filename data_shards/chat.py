@@ -172,9 +172,10 @@ class ChatTokenizer:
         parts = [(text, False) for text, _ in self._parts(messages, prompt=True)]
         return self._assemble(parts, image_tokens).ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        plain = [int(token) for token in ids]
+        return str(self._tokenizer.decode(plain, skip_special_tokens=skip_special_tokens))
 
     def _automatic_prefix(self) -> list[int]:
         """What the tokenizer's post-processor puts before a text: nothing, or BOS."""

@@ -8,7 +8,7 @@ happen outside the interpreter lock, and tiles need not be copied between proces
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -112,7 +112,7 @@ class Loader:
 
     def batches(
         self, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, list[PackedBatch]]]:
+    ) -> Generator[tuple[int, list[PackedBatch]], None, None]:
         """(step, micro-batches) from `start` up to `stop` (default: the plan's end), prefetched.
 
         Holds at most two micro-batches for each worker beside those being delivered. Close the
