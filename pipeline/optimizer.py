@@ -45,6 +45,9 @@ def build_optimizer(
         overrides[ParamKey(name=MODULE_PATTERNS[name])] = {
             "max_lr": rate,
             "min_lr": rate * recipe.min_lr_ratio,
+            # Not read by the schedule. Megatron-core 0.16 recognises a loaded parameter group by
+            # this and not by `max_lr`; without it two modules' groups are taken for one.
+            "lr_mult": rate / peak,
         }
     return get_megatron_optimizer(config, [model], config_overrides=overrides)
 

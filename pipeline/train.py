@@ -11,6 +11,7 @@ from pathlib import Path
 from conf.check import check
 from conf.compose import load
 from conf.schema import Config
+from pipeline.handoff import DONE, read_done
 
 
 def run(config: Config) -> int:
@@ -24,8 +25,12 @@ def run(config: Config) -> int:
     from pipeline.objectives import build_objective
     from pipeline.trainer import Trainer
 
-    check(config, detect())
     stage_dir = Path(config.runs_dir) / config.run / config.stage.name
+    if (stage_dir / DONE).is_file():
+        read_done(stage_dir)  # ValueError when damaged
+        print(f"[{config.stage.name}] done already: {stage_dir / DONE}")
+        return 0
+    check(config, detect())
     with session(config.parallel, config.stage.seed) as ranks:
         data = open_data(config, ranks)
         model = build_training_model(config)

@@ -119,5 +119,6 @@ def test_damaged_checkpoint_is_passed_over(small_run: SmallRun, unbroken: list[f
 def test_changed_plan_is_refused(small_run: SmallRun, unbroken: list[float]) -> None:
     config = _config(small_run, "replanned")
     shutil.copytree(small_run.root / "unbroken" / "stage2", small_run.stage_dir(config))
+    (small_run.stage_dir(config) / "DONE.json").unlink()
     config.data.mix = {"stage2": {"chats": 1.0}}
     assert "another data plan" in train(config, expect=1).splitlines()[-1]
