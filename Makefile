@@ -15,9 +15,9 @@ WORKERS ?= 2
 # The first of these that can make a virtual environment.
 PYTHON ?= $(shell for p in python3.11 python3.12; do \
 	$$p -c 'import ensurepip, venv' 2>/dev/null && echo $$p && break; done)
-# Where there is no GPU, the CPU build of torch: a tenth of the download.
+# Where there is no GPU, the CPU build of torch, a tenth of the download, if an index that pip knows
+# has it (PIP_EXTRA_INDEX_URL adds one); else the usual build, which runs without a GPU as well.
 TORCH = torch==2.13.0
-CPU_INDEX = https://download.pytorch.org/whl/cpu
 
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check --quiet
@@ -48,7 +48,6 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 		$(PIP) install '$(TORCH)'; \
 	else \
 		$(PIP) install '$(TORCH)+cpu' 2>/dev/null \
-		|| $(PIP) install '$(TORCH)+cpu' --extra-index-url $(CPU_INDEX) 2>/dev/null \
 		|| $(PIP) install '$(TORCH)'; \
 	fi
 	@$(PIP) install -c constraints.txt -e '.[dev,eval]'
