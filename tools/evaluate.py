@@ -45,13 +45,17 @@ ARGUMENTS = (
     "out",
 )
 COMPARED_QUESTIONS = 36
-SETS = "data/demo/raw/evaluation"  # where tools.demo_data puts dev and held_out
 LAST_STAGE = "stage3"
 
 
 def export_directory(run_directory: Path, stage: str) -> Path:
     """Where the demo exports a stage: `hf/` of the run for the last, of the stage for others."""
     return run_directory / "hf" if stage == LAST_STAGE else run_directory / stage / "hf"
+
+
+def evaluation_sets(run_directory: Path) -> Path:
+    """Where the demo keeps its dev and held-out questions and pairs."""
+    return run_directory / "raw" / "evaluation"
 
 
 def score_questions(
@@ -162,7 +166,7 @@ def main(arguments: list[str]) -> None:
         stage = ours.get("stage", LAST_STAGE)
         split = ours.get("split", "held_out")
         directory = Path(ours.get("runs_dir", "runs")) / ours["run"]
-        sets = Path(ours.get("sets", SETS))
+        sets = Path(ours.get("sets", evaluation_sets(directory)))
         ours.setdefault("export", str(export_directory(directory, stage)))
         ours.setdefault("questions", str(sets / f"{split}.parquet"))
         ours.setdefault("pairs", str(sets / f"{split}_pairs.parquet"))

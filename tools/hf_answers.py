@@ -93,28 +93,30 @@ class ExportedModel:
         return found
 
     @torch.inference_mode()
-    def log_probs(self, pairs: Sequence[Pair], batch: int = 32) -> Tensor:
+    def log_probs(self, pairs: Sequence[Pair], batch: int = 16) -> Tensor:
         """Summed log-probabilities of the answers, float32 [pairs, 2] (chosen, rejected).
 
         An answer is what the template puts after the prompt, through its end token; it is
         tokenised apart from the prompt, as in training and in generation.
         """
-        sides = [(pair, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
-        sums = torch.zeros(len(sides))
-        sizes = [(0, 1) if p.image is None else open_image(p.image).size for p, _ in sides]
+        sums = torch.zeros(len(pairs), 2)
+        sizes = [(0, 1) if p.image is None else open_image(p.image).size for p in pairs]
         for numbers in _batches(sizes, batch):
-            sums[numbers] = self._score([sides[number] for number in numbers])
-        return sums.view(-1, 2)
+            sums[numbers] = self._score([pairs[number] for number in numbers])
+        return sums
 
-    def _score(self, rows: Sequence[tuple[Pair, str]]) -> Tensor:
-        """Summed log-probability of each row's answer, [rows]."""
-        prompts = [self.prompt(pair.question, pair.image is not None) for pair, _ in rows]
-        images = [pair.image for pair, _ in rows if pair.image is not None]
-        batch = self.inputs(prompts, images, "right")
+    def _score(self, pairs: Sequence[Pair]) -> Tensor:
+        """Summed log-probabilities of the pairs' answers, [pairs, 2]; one forward pass."""
+        prompts = [self.prompt(pair.question, pair.image is not None) for pair in pairs]
+        images = [pair.image for pair in pairs if pair.image is not None]
+        inputs = self.inputs(prompts, images, "right")
+        # Both answers follow the same prompt and pictures: row 2n is chosen, 2n + 1 rejected.
+        batch = {name: value.repeat_interleave(2, dim=0) for name, value in inputs.items()}
         lengths = batch["attention_mask"].sum(1).tolist()
         answers = [
             self._answer_ids(pair, text, prompt)
-            for (pair, text), prompt in zip(rows, prompts, strict=True)
+            for pair, prompt in zip(pairs, prompts, strict=True)
+            for text in (pair.chosen, pair.rejected)
         ]
         whole = [
             torch.cat([ids[:length], answer])
@@ -132,7 +134,7 @@ class ExportedModel:
             row[length - 1 : len(ids) - 1].sum()
             for row, length, ids in zip(log_probs, lengths, whole, strict=True)
         ]
-        return torch.stack(sums).cpu()
+        return torch.stack(sums).view(-1, 2).cpu()
 
     def _answer_ids(self, pair: Pair, answer: str, prompt: str) -> Tensor:
         rendered = self.prompt(pair.question, pair.image is not None, answer)

@@ -28,7 +28,8 @@ class Phase:
     work: Callable[[], None]
     outputs: Sequence[Path]
     inputs: Sequence[Path] = ()  # hand-off files; other contents than recorded: do it again
-    discard: Callable[[], None] | None = None  # clears outputs that were made from other inputs
+    # Clears outputs that are there but were made from other inputs (True) or unknown ones (False).
+    discard: Callable[[bool], None] | None = None
     skips_itself: bool = False  # looks closer than we do, and returns at once when all is there
 
 
@@ -65,7 +66,7 @@ class PhaseRecord:
             print(f"== {phase.name}: done before, {entry['seconds']:.0f} s", flush=True)
             return
         if there and phase.discard is not None:
-            phase.discard()
+            phase.discard(entry["inputs"] is not None)
         print(f"== {phase.name}: {phase.what}", flush=True)
         began = time.monotonic()
         try:

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from pipeline.files import write_json
 from tools.command import split_arguments
-from tools.evaluate import SETS, evaluate, export_directory
+from tools.evaluate import evaluate, evaluation_sets, export_directory
 from tools.phases import Phase, PhaseRecord, command
 
 STAGES = ("stage1", "stage2", "stage3")
-RAW = Path(SETS).parent
 # On two cores; tensor parallelism in one stage shows that it works, data parallelism is faster.
 LAYOUTS = {"stage1": "tp2", "stage2": "dp2", "stage3": "dp2"}
 NO_TILING_STAGE = "stage2"  # the stage whose goal is stated over all questions
@@ -28,7 +27,7 @@ THREADS = 2
 def phases(name: str, runs_dir: Path, overrides: Sequence[str]) -> list[Phase]:
     """Everything before the report, in order."""
     directory = runs_dir / name
-    backbones, shards = directory / "backbones", RAW.parent / "shards"
+    raw, backbones, shards = (directory / part for part in ("raw", "backbones", "data"))
     imported = directory / "import" / "DONE.json"
     common = [f"run={name}", f"runs_dir={runs_dir}", "model=tiny", "data=demo"]
     shared = [word for word in overrides if word.startswith(("model.", "data."))]
@@ -36,8 +35,8 @@ def phases(name: str, runs_dir: Path, overrides: Sequence[str]) -> list[Phase]:
         Phase(
             "data",
             "pictures, questions and preference pairs from scanned digits",
-            partial(command, "tools.demo_data", f"out={RAW}"),
-            [RAW / "DONE.json"],
+            partial(command, "tools.demo_data", f"out={raw}"),
+            [raw / "DONE.json"],
             skips_itself=True,
         ),
         Phase(
@@ -65,7 +64,7 @@ def phases(name: str, runs_dir: Path, overrides: Sequence[str]) -> list[Phase]:
             "sources to tar shards and manifests",
             partial(command, "data_shards.build", *common, *shared),
             [shards],
-            [imported, RAW / "DONE.json"],
+            [imported, raw / "DONE.json"],
             skips_itself=True,
         ),
     ]
@@ -113,7 +112,7 @@ def _stage_phases(
             partial(_export, directory / stage, export),
             [export],
             [done],
-            partial(shutil.rmtree, export),
+            partial(_remove, export),
         ),
         Phase(
             f"dev_{stage}",
@@ -125,11 +124,16 @@ def _stage_phases(
     ]
 
 
-def _refuse_stale(stage_directory: Path, before: str) -> None:
-    raise ValueError(
-        f"{stage_directory} was trained from another {before} than is there now; remove "
-        f"{stage_directory} to train it again"
-    )
+def _refuse_stale(stage_directory: Path, before: str, known: bool) -> None:
+    if known:  # else the launcher decides
+        raise ValueError(
+            f"{stage_directory} was trained from another {before} than is there now; remove "
+            f"{stage_directory} to train it again"
+        )
+
+
+def _remove(export: Path, _known: bool) -> None:
+    shutil.rmtree(export)
 
 
 def _export(stage_directory: Path, out: Path) -> None:
@@ -141,11 +145,8 @@ def _export(stage_directory: Path, out: Path) -> None:
 def _score_dev(directory: Path, stage: str) -> None:
     from tools.evaluate import summary
 
-    result = evaluate(
-        export_directory(directory, stage),
-        Path(SETS) / "dev.parquet",
-        Path(SETS) / "dev_pairs.parquet",
-    )
+    sets, export = evaluation_sets(directory), export_directory(directory, stage)
+    result = evaluate(export, sets / "dev.parquet", sets / "dev_pairs.parquet")
     out = directory / stage / "evaluation" / "dev.json"
     out.parent.mkdir(exist_ok=True)
     write_json(out, result)
@@ -153,7 +154,8 @@ def _score_dev(directory: Path, stage: str) -> None:
 
 
 def _score_held_out(directory: Path) -> None:
-    questions, pairs = Path(SETS) / "held_out.parquet", Path(SETS) / "held_out_pairs.parquet"
+    sets = evaluation_sets(directory)
+    questions, pairs = sets / "held_out.parquet", sets / "held_out_pairs.parquet"
     results = {}
     for stage in STAGES:
         trainer = directory / stage if stage == STAGES[-1] else None
