@@ -34,7 +34,7 @@ class Phase:
 
 
 class PhaseRecord:
-    """`runs/NAME/phases.json`: seconds of every phase and the digest of what it was made from."""
+    """`runs/NAME/phases.json`: of every phase its place, seconds, and digest of its inputs."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / RECORD
@@ -45,18 +45,15 @@ class PhaseRecord:
             except ValueError as error:
                 raise PhaseFailed(f"{self.path} is damaged ({error}); remove it") from None
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase, all attempts added up."""
-        return {name: round(entry["seconds"], 1) for name, entry in self._entries.items()}
-
     def run(self, phase: Phase) -> None:
         """Do the phase unless its outputs are there and were made from the same inputs.
 
         Raises whatever the work raises; the time is recorded all the same.
         """
         digest = _digest(phase.inputs)
-        entry = self._entries.get(phase.name, {"seconds": 0.0, "inputs": None})
+        number = len(self._entries)
+        fresh = {"seconds": 0.0, "inputs": None, "number": number}
+        entry = self._entries.get(phase.name, fresh)
         there = all(path.exists() for path in phase.outputs)
         known = there and entry["inputs"] == digest
         if known and phase.skips_itself:

@@ -127,8 +127,8 @@ def build_report(directory: Path) -> dict[str, Any]:
         result = read_optional(directory / stage / "evaluation" / "dev.json")
         if result:
             dev[stage] = result
-    phases = read_optional(directory / RECORD)
-    seconds = {name: round(entry["seconds"], 1) for name, entry in phases.items()}
+    phases = sorted(read_optional(directory / RECORD).items(), key=lambda item: item[1]["number"])
+    seconds = {name: round(entry["seconds"], 1) for name, entry in phases}
     report: dict[str, Any] = {"run": directory.name, "format": 1}
     if held_out:
         report["held_out"] = scores(held_out)

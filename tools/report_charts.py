@@ -192,7 +192,12 @@ def _svg(parts: Sequence[str], width: int, height: int) -> Markup:
 
 
 def _number(value: float) -> str:
-    return f"{value:g}" if abs(value) < 10000 else f"{value / 1000:g}k"
+    if abs(value) >= 10000:
+        return f"{value / 1000:g}k"
+    if 0 < abs(value) < 0.01:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:g}"
 
 
 def _short(value: float) -> str:

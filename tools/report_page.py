@@ -29,7 +29,12 @@ KINDS = {
     "bg": "background",
     "sum": "sum of two",
 }
-EXAMPLES = 15
+PAIRS = {
+    "pt_pt_rate": "pt-PT over pt-BR",
+    "style_unseen_rate": "the same, other wordings",
+    "truth_rate": "right over invented",
+}
+EXAMPLES = 16
 
 
 def render(directory: Path, report: dict[str, Any]) -> str:
@@ -98,14 +103,16 @@ def score_charts(report: dict[str, Any]) -> list[Markup]:
             for member in order
         }
         if groups:
-            found.append(bar_chart(groups, title=title, width=660, height=250))
+            found.append(bar_chart(groups, title=title, width=645, height=250))
     rates = {
-        name.removesuffix("_rate").replace("_", " "): {SHORT[s]: rate for s, rate in shares.items()}
+        PAIRS.get(name, name.removesuffix("_rate").replace("_", " ")): {
+            SHORT[s]: rate for s, rate in shares.items()
+        }
         for name, shares in report.get("preference", {}).items()
         if shares
     }
     if rates:
-        found.append(bar_chart(rates, title="Chosen answer preferred", width=430, height=250))
+        found.append(bar_chart(rates, title="Chosen answer preferred", width=645, height=250))
     return found
 
 

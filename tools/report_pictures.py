@@ -36,11 +36,12 @@ def tiles_drawing(picture: Image.Image, geometry: AnyresGeometry) -> Markup:
     whole, box = canvas(picture, geometry)
     base = picture.resize((tile, tile), Image.Resampling.BICUBIC)
     gap, top, side = 26, 22, tile * scale
+    label = 78  # px, about as wide as "138 x 46 px" is written
     shown = picture.copy()
     shown.thumbnail((6 * side // 4, 2 * side))
-    x_base = shown.width + gap
+    x_base = max(shown.width, label) + gap
     x_canvas = x_base + side + gap
-    width = x_canvas + whole.width * scale + 2
+    width = x_canvas + max(whole.width * scale, 290) + 2
     height = top + max(shown.height, side, whole.height * scale) + 4
     parts = [
         f"<svg viewBox='0 0 {width} {height}' width='{width}' height='{height}' role='img'>",
