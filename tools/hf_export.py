@@ -64,7 +64,7 @@ def model_of(done: Done, source: Path) -> ModelConfig:
 
 
 def precision_of(stage: Path) -> PrecisionConfig:
-    """Precision a stage was trained in; fp32 for an import, which has no config.yaml."""
+    """Precision a stage was trained or imported in; fp32 where there is no config.yaml."""
     path = stage / "config.yaml"
     return load(path).precision if path.is_file() else PrecisionConfig()
 

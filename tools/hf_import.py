@@ -9,6 +9,7 @@ safetensors only. Every other `key=value` overrides the configuration (`model.te
 `precision=bf16`); `seed=` draws another connector.
 """
 
+import logging
 import math
 import sys
 from dataclasses import asdict
@@ -17,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conf.compose import compose
-from conf.schema import ModelConfig, PrecisionConfig
+from conf.compose import compose, dump
+from conf.schema import Config, ModelConfig
 from data_shards.chat import ChatTokenizer
 from models.anyres import AnyresGeometry
 from models.hf_state import connector_table, from_hf, from_hf_text, from_hf_vision
-from pipeline.files import digest_and_fsync
+from pipeline.files import digest_and_fsync, write_atomically
 from pipeline.handoff import DONE, Done, write_done
 from pipeline.manifest import MANIFEST
 from tools.command import required, run, split_arguments
@@ -78,8 +79,7 @@ def read_llava(directory: Path, model: ModelConfig, fused_norms: bool) -> dict[s
 
 
 def import_model(
-    model: ModelConfig,
-    precision: PrecisionConfig,
+    config: Config,
     out: Path,
     tokenizer: Path,
     vision: Path | None = None,
@@ -87,13 +87,15 @@ def import_model(
     llava: Path | None = None,
     seed: int = 1234,
 ) -> Path:
-    """Write the stage directory `out` (checkpoint, tokenizer, processor files, DONE.json).
+    """Write the stage directory `out`: checkpoint, tokenizer/, processor/, config.yaml, DONE.json.
 
-    Give either `llava` or both `vision` and `language`. Returns the checkpoint's directory.
+    Of `config`, `model` and `precision` count. Give either `llava` or both `vision` and
+    `language`. Returns the checkpoint's directory.
     Raises ValueError or OSError; without DONE.json nothing is used, so running again is safe.
     """
     from pipeline.checkpoint import TrainingState, save
 
+    model = config.model
     model.check()
     if llava is not None:
         check_llava(read_config(llava), model, llava / "config.json")
@@ -114,7 +116,8 @@ def import_model(
     ids = special_ids(out / "tokenizer")
     (out / "processor").mkdir(exist_ok=True)
     write_processor(model, out / "processor")
-    with whole_model(model, precision, seed) as network:
+    write_atomically(out / "config.yaml", dump(config).encode())
+    with whole_model(model, config.precision, seed) as network:
         fused = fuses_norms(network)
         if llava is not None:
             tensors = read_llava(llava, model, fused)
@@ -156,10 +159,11 @@ def main(arguments: list[str]) -> None:
         return
     if not ours.get("seed", "0").isdigit():
         raise ValueError(f"seed={ours['seed']} is not a whole number")
-    config = compose(overrides)
+    # What the state-dict adapter left out or enlarged.
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stdout)
+    logging.getLogger("models.hf_state").setLevel(logging.INFO)
     checkpoint = import_model(
-        config.model,
-        config.precision,
+        compose(overrides),
         out,
         tokenizer,
         vision=vision,

@@ -58,6 +58,8 @@ def phases(name: str, runs_dir: Path, overrides: Sequence[str]) -> list[Phase]:
                 *shared,
             ),
             [imported],
+            [backbones / f"{part}.DONE.json" for part in ("vision", "language")],
+            partial(_import_again, directory / "import"),
         ),
         Phase(
             "shards",
@@ -130,6 +132,11 @@ def _refuse_stale(stage_directory: Path, before: str, known: bool) -> None:
             f"{stage_directory} was trained from another {before} than is there now; remove "
             f"{stage_directory} to train it again"
         )
+
+
+def _import_again(imported: Path, known: bool) -> None:
+    if known:  # other backbones
+        shutil.rmtree(imported)
 
 
 def _remove(export: Path, _known: bool) -> None:

@@ -77,6 +77,16 @@ def test_import_of_the_export_comes_back_the_same(run_directory: Path, tmp_path:
         assert (run_directory / "hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
+def test_bf16_stays_bf16(run_directory: Path, tmp_path: Path) -> None:
+    arguments = [*OVERRIDES, f"llava={run_directory / 'hf'}", "precision=bf16"]
+    assert run(hf_import.main, [*arguments, f"out={tmp_path / 'import'}"]) == 0
+    assert run(hf_export.main, [f"stage={tmp_path / 'import'}", f"out={tmp_path / 'hf'}"]) == 0
+    first, second = read_weights(run_directory / "hf"), read_weights(tmp_path / "hf")
+    assert all(torch.equal(first[name].bfloat16(), second[name]) for name in first)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
 def test_processor_counts_the_tokens_of_our_geometry(run_directory: Path) -> None:
     processor = AutoProcessor.from_pretrained(run_directory / "hf")
     model = compose(OVERRIDES).model
