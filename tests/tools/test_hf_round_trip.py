@@ -77,6 +77,22 @@ def test_import_of_the_export_comes_back_the_same(run_directory: Path, tmp_path:
         assert (run_directory / "hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
+def test_transformers_loads_an_export_in_several_files(
+    run_directory: Path, tmp_path: Path
+) -> None:
+    done, model, tensors = hf_export.stage_tensors(run_directory / "import")
+    tokenizer = run_directory / "import" / "tokenizer"
+    hf_export.write_export(tensors, model, done, tokenizer, tmp_path / "hf", shard_bytes=60_000)
+    assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
+    assert not (tmp_path / "hf" / "model.safetensors").exists()
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    embedding = loaded.get_input_embeddings().weight
+    assert torch.equal(embedding, tensors[VOCABULARY_TABLES[0]])
+
+
 def test_bf16_stays_bf16(run_directory: Path, tmp_path: Path) -> None:
     arguments = [*OVERRIDES, f"llava={run_directory / 'hf'}", "precision=bf16"]
     assert run(hf_import.main, [*arguments, f"out={tmp_path / 'import'}"]) == 0
