@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from models.llava_next import LlavaNext
 from pipeline.files import digest_and_fsync, fsync_directory
@@ -102,9 +103,18 @@ def save(state: TrainingState, stage_dir: Path, keep: int) -> Path:
             shutil.rmtree(leftover)
         aside.mkdir()
     dist.barrier()
-    dist_checkpointing.save(state.sharded(loading=False, with_rng=True), str(aside))
-    dist.barrier()
-    files = _spread_digests(aside)
+    try:
+        dist_checkpointing.save(state.sharded(loading=False, with_rng=True), str(aside))
+        dist.barrier()
+        files = _spread_digests(aside)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        # Megatron's writers run in processes of their own; the cause is in the last line.
+        cause = str(error).strip().splitlines()[-1]
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"{final} could not be written ({cause}); make room or give permission and run the "
+            "same command: it resumes from the checkpoint before"
+        ) from error
     if dist.get_rank() == 0:
         manifest = Manifest(
             step=state.step,

@@ -79,7 +79,8 @@ def _serve(pipe: Connection) -> None:
             pipe.send((False, f"the result cannot be sent to the test: {error}"))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -110,7 +111,7 @@ def run_ranks(
     while len(_pool) < world_size:
         _pool.append(_Rank())
     ranks = _pool[:world_size]
-    port = str(_free_port())
+    port = str(free_port())
     for number, rank in enumerate(ranks):
         environment = {
             "RANK": str(number),

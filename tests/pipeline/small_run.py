@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from data_shards.build import build_dataset
 from data_shards.chat import ChatTokenizer
 from models.anyres import AnyresGeometry
 from tests.data_shards import toys
+from tests.distributed import free_port
 from tests.tools.small_backbones import OVERRIDES, write_backbones
 from tools import hf_import
 
@@ -87,20 +89,23 @@ class SmallRun:
         return Path(config.runs_dir) / config.run / config.stage.name
 
 
-def start(config: Config, ranks: int | None = None) -> list[subprocess.Popen[str]]:
-    """Start the real training command, one process a rank."""
+def start(config: Config, file_bytes: int | None = None) -> list[subprocess.Popen[str]]:
+    """Start the real training command, one process a rank; no file may grow past `file_bytes`."""
+
+    def limit() -> None:
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
     directory = Path(config.runs_dir) / config.run / config.stage.name
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "config.yaml"
     path.write_text(dump(config))
-    world_size = ranks or config.parallel.world_size
-    from tests.distributed import _free_port
-
+    world_size = config.parallel.world_size
     environment = {
         **os.environ,
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pipeline.train", "--config", str(path)]
@@ -113,6 +118,7 @@ def start(config: Config, ranks: int | None = None) -> list[subprocess.Popen[str
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=limit,
         )
         for rank in range(world_size)
     ]

@@ -116,6 +116,19 @@ def test_damaged_checkpoint_is_passed_over(small_run: SmallRun, unbroken: list[f
     assert losses(config) == unbroken
 
 
+def test_full_disk(small_run: SmallRun, unbroken: list[float]) -> None:
+    """A save that cannot be written: one line, nothing half-written left, and it goes on later."""
+    config = _config(small_run, "full", "stage.checkpoint.every=4")
+    (process,) = start(config, file_bytes=100_000)
+    output = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode == 1
+    last = output.splitlines()[-1]
+    assert last.startswith("error: ") and "could not be written" in last
+    assert list((small_run.stage_dir(config) / "checkpoints").iterdir()) == []
+    train(config)
+    assert losses(config) == unbroken
+
+
 def test_changed_plan_is_refused(small_run: SmallRun, unbroken: list[float]) -> None:
     config = _config(small_run, "replanned")
     shutil.copytree(small_run.root / "unbroken" / "stage2", small_run.stage_dir(config))
