@@ -63,6 +63,7 @@ def make_part(part: str, out: Path, model: ModelConfig, seed: int, speed: float)
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    digest = _digest(part, model, seed, speed)  # before training: of the code that trains
     if part == "vision":
         from tools.demo.vision_pretraining import VisionRecipe, pretrain_vision
 
@@ -80,7 +81,6 @@ def make_part(part: str, out: Path, model: ModelConfig, seed: int, speed: float)
         settings = asdict(tongue)
     with _aside(out / part) as aside:
         trained.save_pretrained(aside)
-    digest = _digest(part, model, seed, speed)
     write_done(_marker(out, part), digest, {"scores": scores, "recipe": settings, "seed": seed})
     print(
         f"{part} " + " ".join(f"{name} {value:.3f}" for name, value in scores.items()), flush=True
@@ -89,7 +89,8 @@ def make_part(part: str, out: Path, model: ModelConfig, seed: int, speed: float)
 
 def _digest(part: str, model: ModelConfig, seed: int, speed: float) -> str:
     return settings_digest(
-        {"part": part, "model": asdict(model), "seed": seed, "speed": speed}, BACKBONE_FILES[part]
+        {"part": part, "model": asdict(model), "seed": seed, "speed": float(speed)},
+        BACKBONE_FILES[part],
     )
 
 

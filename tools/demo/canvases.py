@@ -29,6 +29,7 @@ LAYOUTS: dict[tuple[int, int], float] = {
     (2, 2): 0.17,
 }
 EMPTY_CELL = 0.15  # so that the shape of a canvas does not tell how many digits it holds
+SMALL_CELLS, LARGE_CELLS, LARGE_SHARE = (18.0, 30.5), (32.0, 60.0), 0.2  # heights, pixels
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "preto": (18, 18, 18),
     "vermelho": (150, 22, 22),
@@ -132,7 +133,9 @@ def draw_scene(
     if not 1 <= n_digits <= cells:
         raise ValueError(f"{n_digits} digits do not fit {rows}x{columns} cells; ask for fewer")
     filled = np.sort(rng.choice(cells, n_digits, replace=False))
-    cell_height = rng.uniform(22, 48)
+    # Most cells fit a tile of 32 px, so that every digit has a tile of its own; some are larger,
+    # and their digits are cut by the edges between tiles.
+    cell_height = rng.uniform(*(LARGE_CELLS if rng.random() < LARGE_SHARE else SMALL_CELLS))
     cell_width = cell_height * rng.uniform(0.95, 1.06)
     # A margin in proportion to the canvas keeps the cells on the tiles after resizing.
     margin = rng.uniform(0.0, 0.06)

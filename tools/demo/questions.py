@@ -32,7 +32,7 @@ def pick(rng: np.random.Generator, wordings: Sequence[Any]) -> Any:
 def draw_questions(rng: np.random.Generator, scene: Scene, turns: int) -> list[tuple[str, Wording]]:
     """Up to `turns` (kind, wording) that apply to the scene, no wording twice.
 
-    The kind is drawn first, `read` and `sum` twice as often as the others: they are harder.
+    The kind is drawn first, `count` and `bg` half as often as the others: they are easier.
     """
     left = {
         kind: [wording for wording in wordings if applies(wording, scene)]
@@ -41,16 +41,21 @@ def draw_questions(rng: np.random.Generator, scene: Scene, turns: int) -> list[t
     chosen: list[tuple[str, Wording]] = []
     for _ in range(turns):
         kinds = [kind for kind, wordings in left.items() if wordings]
-        weights = np.array([2.0 if kind in ("read", "sum") else 1.0 for kind in kinds])
+        weights = np.array([1.0 if kind in ("count", "bg") else 2.0 for kind in kinds])
         kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
         wordings = left[kind]
         chosen.append((kind, wordings.pop(rng.integers(len(wordings)))))
     return chosen
 
 
-def scene_for_questions(rng: np.random.Generator, split: str) -> Scene:
+EASY_LAYOUTS = ((1, 1), (1, 2), (2, 1))
+
+
+def scene_for_questions(rng: np.random.Generator, split: str, easy: float = 0.0) -> Scene:
     """A scene of the training mixture: two digits more often than `draw_scene` alone has them,
-    because only they can be summed."""
+    because only they can be summed; a share `easy` has no more than two cells."""
+    if rng.random() < easy:
+        return draw_scene(rng, split, EASY_LAYOUTS[rng.integers(len(EASY_LAYOUTS))])
     if rng.random() < 0.25:
         layouts = [(1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)]
         return draw_scene(rng, split, layouts[rng.integers(len(layouts))], n_digits=2)

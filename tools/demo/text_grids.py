@@ -44,11 +44,26 @@ class WordTable:
 
 @dataclass(frozen=True)
 class Noise:
-    """How much the words lie, as a vision tower would: share of digit patches that name another
-    digit, share that name the background."""
+    """How often a patch that shows a digit names another one (`wrong`) or none (`missed`).
+
+    A patch is clear where its digit has a tile of its own. It is not where several digits are
+    squashed into the base tile, or where the canvas cuts them; the tower often fails there, and a
+    decoder that had learnt to trust such patches would have to unlearn it.
+    """
 
     wrong: float = 0.0
     missed: float = 0.0
+    unclear_wrong: float = 0.0
+    unclear_missed: float = 0.0
+
+
+def clear_patches(scene: Scene, geometry: AnyresGeometry) -> NDArray[np.bool_]:
+    """Whether each patch is clear, bool [n_tiles * grid * grid]."""
+    per_tile = geometry.grid**2
+    rows, columns = geometry.tile_grid(scene.height, scene.width)
+    one_cell = scene.rows == scene.columns == 1
+    aligned = (rows, columns) == (scene.rows, scene.columns)
+    return np.repeat([one_cell, aligned], [per_tile, rows * columns * per_tile])
 
 
 def grid_words(
@@ -60,10 +75,12 @@ def grid_words(
 ) -> NDArray[np.int64]:
     """Token ids that stand for the picture, one per image token; int64 [n_tokens]."""
     labels = patch_labels(scene, geometry)
-    is_digit = labels < NO_DIGIT
+    is_digit, clear = labels < NO_DIGIT, clear_patches(scene, geometry)
     draw = rng.random(len(labels))
-    labels = np.where(is_digit & (draw < noise.wrong), rng.integers(10, size=len(labels)), labels)
-    labels = np.where(is_digit & (draw > 1 - noise.missed), NO_DIGIT, labels)
+    wrong = draw < np.where(clear, noise.wrong, noise.unclear_wrong)
+    missed = draw > 1 - np.where(clear, noise.missed, noise.unclear_missed)
+    labels = np.where(is_digit & wrong, rng.integers(10, size=len(labels)), labels)
+    labels = np.where(is_digit & missed, NO_DIGIT, labels)
     words = table.ids[COLOURS.index(scene.colour)][labels]
     rows = geometry.feature_rows(scene.height, scene.width)
     return np.where(rows == NEWLINE, table.newline, words[rows])
@@ -131,19 +148,23 @@ def draw_document(
     noise: Noise,
     text_share: float,
     turns: int,
+    easy: float = 0.0,
 ) -> Document:
-    """A chat about a text grid, or (`text_share`) a chat without one."""
+    """A chat about a text grid, or (`text_share`) a chat without one; `easy` is the share of
+    scenes with no more than two cells."""
     if rng.random() < text_share:
         return tokens.document([draw_chat(rng) for _ in range(turns + 1)], None)
-    scene, pairs = _conversation(rng, turns)
+    scene, pairs = _conversation(rng, turns, easy)
     return tokens.document(pairs, grid_words(scene, geometry, table, noise, rng))
 
 
-def _conversation(rng: np.random.Generator, turns: int) -> tuple[Scene, list[tuple[str, str]]]:
+def _conversation(
+    rng: np.random.Generator, turns: int, easy: float
+) -> tuple[Scene, list[tuple[str, str]]]:
     """A scene and what is said of it: questions, or a caption, or a wording of either country."""
     kind = rng.random()
     if kind < 0.7:
-        scene = scene_for_questions(rng, "train")
+        scene = scene_for_questions(rng, "train", easy)
         wordings = [wording for _, wording in draw_questions(rng, scene, turns)]
         return scene, [(wording.question, answer(wording, scene)) for wording in wordings]
     scene = draw_scene(rng, "train")
