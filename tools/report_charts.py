@@ -48,7 +48,7 @@ def line_chart(
     *,
     title: str,
     x_label: str = "step",
-    width: int = 430,
+    width: int = 424,
     height: int = 230,
     reference: tuple[float, str] | None = None,
     zero: bool = False,
@@ -92,7 +92,7 @@ def bar_chart(
     groups: Mapping[str, Mapping[str, float]],
     *,
     title: str,
-    width: int = 430,
+    width: int = 424,
     height: int = 230,
 ) -> Markup:
     """Shares between 0 and 1: {group: {series: share}}, one colour a series, values above bars."""

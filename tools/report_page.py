@@ -34,7 +34,7 @@ PAIRS = {
     "style_unseen_rate": "the same, other wordings",
     "truth_rate": "right over invented",
 }
-EXAMPLES = 16
+EXAMPLES = 20
 
 
 def render(directory: Path, report: dict[str, Any]) -> str:
