@@ -93,6 +93,10 @@ def command(module: str, *arguments: str) -> None:
     except KeyboardInterrupt:
         process.wait()  # Ctrl-C went to it as well; let it finish what it is writing
         raise
+    except BaseException:  # asked to end: so is what we started
+        process.terminate()
+        process.wait()
+        raise
     if code:
         raise PhaseFailed(
             f"{module} ended with exit code {code} (its reason is above); once that is mended, the "

@@ -8,9 +8,12 @@ same command goes on where it was stopped. Further `KEY=VALUE` go to `slurm.subm
 """
 
 import shutil
+import signal
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from pipeline.files import write_json
 from tools.command import split_arguments
@@ -175,12 +178,17 @@ def _score_held_out(directory: Path) -> None:
     write_json(out, results)
 
 
+def _end(_number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main(arguments: list[str]) -> None:
     """Command line; see the module's docstring."""
     import torch
 
     from tools.report import goals_text, write_report
 
+    signal.signal(signal.SIGTERM, _end)
     ours, overrides = split_arguments(arguments, ("run", "runs_dir"))
     name, runs_dir = ours.get("run", "demo"), Path(ours.get("runs_dir", "runs"))
     directory = runs_dir / name

@@ -77,9 +77,7 @@ def test_import_of_the_export_comes_back_the_same(run_directory: Path, tmp_path:
         assert (run_directory / "hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
-def test_transformers_loads_an_export_in_several_files(
-    run_directory: Path, tmp_path: Path
-) -> None:
+def test_transformers_loads_an_export_in_several_files(run_directory: Path, tmp_path: Path) -> None:
     done, model, tensors = hf_export.stage_tensors(run_directory / "import")
     tokenizer = run_directory / "import" / "tokenizer"
     hf_export.write_export(tensors, model, done, tokenizer, tmp_path / "hf", shard_bytes=60_000)

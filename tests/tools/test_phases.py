@@ -1,6 +1,10 @@
 """Parts of the demo are done once, again when their input changed, and timed over attempts."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,3 +80,28 @@ def test_the_demo_has_tensor_parallelism_and_scores_held_out_last(tmp_path: Path
     assert not [word for word in words["stage1"] if "stage2:" in word]
     for name in ("backbones", "import", "shards", "stage1"):
         assert "model.max_tiles=2" in words[name]
+
+
+def test_ending_the_driver_ends_what_it_started(tmp_path: Path) -> None:
+    """SIGTERM to the process that runs `command` reaches the program within."""
+    (tmp_path / "sleeper.py").write_text(
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    driver = (
+        "import signal, sys\n"
+        "from tools.phases import command\n"
+        "from tools.run_demo import _end\n"
+        "signal.signal(signal.SIGTERM, _end)\n"
+        "command('sleeper')\n"
+    )
+    repository = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{repository}:{tmp_path}"}
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
