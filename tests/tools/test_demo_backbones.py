@@ -1,6 +1,7 @@
 """The demo's backbones: a few steps of pre-training, saved, loaded, and not made twice."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from data_shards.chat import ChatTokenizer
 from models.anyres import NEWLINE, AnyresGeometry
 from tools.command import run
 from tools.demo.canvases import COLOURS, draw_scene
+from tools.demo.language import DIGITS
+from tools.demo.optimizers import Optimizers
 from tools.demo.text_grids import (
     Noise,
     TurnTokens,
     WordTable,
+    brief_words,
     clear_patches,
     draw_document,
     grid_words,
@@ -56,6 +60,22 @@ def test_text_grid_is_the_picture_in_anyres_order(tokenizer_dir, table):
         spoken = [word for line in text.split("\n") for word in [*line.split(), "\n"]][:-1]
         expected = ["\n" if row == NEWLINE else names[labels[row]] for row in order]
         assert spoken == expected
+
+
+def test_brief_words_are_the_cells(tokenizer_dir, table):
+    tokenizer = ChatTokenizer.from_directory(tokenizer_dir)
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        scene = draw_scene(rng, "train")
+        lines = tokenizer.decode(brief_words(scene, table)).split("\n")
+        assert lines.pop() == "" and len(lines) == scene.rows
+        cells = [line.split() for line in lines]
+        assert all(len(row) == 1 + scene.columns and row[0] == scene.colour for row in cells)
+        for digit in scene.digits:
+            assert cells[digit.row][1 + digit.column] == DIGITS[digit.value]
+        assert sum(row.count(scene.colour) for row in cells) == (
+            scene.rows * (1 + scene.columns) - len(scene.digits)
+        )
 
 
 def test_noise_changes_digits_only(table):
@@ -183,8 +203,23 @@ def test_bad_arguments_are_one_line(words, message, tmp_path, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_failed_part_is_named_with_its_log(tmp_path):
-    (tmp_path / "vision").mkdir()
-    (tmp_path / "vision.partial").write_text("a file where a directory must go")
+def test_failed_part_is_named_with_its_log_and_the_other_kept(backbones, tmp_path):
+    out = tmp_path / "made"
+    shutil.copytree(backbones, out)
+    (out / "vision.DONE.json").unlink()
+    (out / "vision.partial").write_text("a file where a directory must go")
+    before = (out / "language" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(ValueError, match=r"pre-training of vision failed .*vision\.log"):
-        make_backbones(tmp_path, ["model=tiny"], seed=0, speed=4000)
+        make_backbones(out, ["model=tiny"], seed=0, speed=400)
+    assert (out / "language" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_optimizers_step_every_parameter_by_the_schedule():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3))
+    optimizers = Optimizers(layer.named_parameters(), ("0.",), (1e-2, 1e-2), 0.0, 3, 1, 0.0)
+    for _ in range(3):
+        before = [parameter.detach().clone() for parameter in layer.parameters()]
+        optimizers.step(layer(torch.arange(5)).pow(2).mean())
+        moved = [not torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True)]
+        assert all(moved)

@@ -14,8 +14,16 @@ _DEMO = Path(__file__).parent
 DATA_FILES = ("canvases", "chats", "evaluation", "language", "pairs", "questions", "sources")
 # What decides a backbone: its own code, and the words for the one, the pixels for the other.
 BACKBONE_FILES = {
-    "vision": ("canvases", "tiles", "vision_pretraining"),
-    "language": (*DATA_FILES, "corpus", "language_pretraining", "text_grids", "tiles", "tokenizer"),
+    "vision": ("canvases", "optimizers", "tiles", "vision_pretraining"),
+    "language": (
+        *DATA_FILES,
+        "corpus",
+        "language_pretraining",
+        "optimizers",
+        "text_grids",
+        "tiles",
+        "tokenizer",
+    ),
 }
 
 

@@ -48,14 +48,9 @@ def draw_questions(rng: np.random.Generator, scene: Scene, turns: int) -> list[t
     return chosen
 
 
-EASY_LAYOUTS = ((1, 1), (1, 2), (2, 1))
-
-
-def scene_for_questions(rng: np.random.Generator, split: str, easy: float = 0.0) -> Scene:
+def scene_for_questions(rng: np.random.Generator, split: str) -> Scene:
     """A scene of the training mixture: two digits more often than `draw_scene` alone has them,
-    because only they can be summed; a share `easy` has no more than two cells."""
-    if rng.random() < easy:
-        return draw_scene(rng, split, EASY_LAYOUTS[rng.integers(len(EASY_LAYOUTS))])
+    because only they can be summed."""
     if rng.random() < 0.25:
         layouts = [(1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)]
         return draw_scene(rng, split, layouts[rng.integers(len(layouts))], n_digits=2)

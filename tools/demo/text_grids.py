@@ -86,6 +86,17 @@ def grid_words(
     return np.where(rows == NEWLINE, table.newline, words[rows])
 
 
+def brief_words(scene: Scene, table: WordTable) -> NDArray[np.int64]:
+    """The picture at one word per cell and a margin on the left, rows ended by line feeds: where
+    learning begins."""
+    colour = table.ids[COLOURS.index(scene.colour)]
+    words = np.full((scene.rows, scene.columns + 2), colour[NO_DIGIT])
+    words[:, -1] = table.newline
+    for digit in scene.digits:
+        words[digit.row, digit.column + 1] = colour[digit.value]
+    return words.reshape(-1)
+
+
 @dataclass(frozen=True)
 class Document:
     """Token ids int64 [n], and True where a token is trained on."""
@@ -148,23 +159,23 @@ def draw_document(
     noise: Noise,
     text_share: float,
     turns: int,
-    easy: float = 0.0,
+    brief: float = 0.0,
 ) -> Document:
-    """A chat about a text grid, or (`text_share`) a chat without one; `easy` is the share of
-    scenes with no more than two cells."""
+    """A chat about a text grid, or (`text_share`) a chat without one; `brief` is the share of
+    pictures told at one word per cell."""
     if rng.random() < text_share:
         return tokens.document([draw_chat(rng) for _ in range(turns + 1)], None)
-    scene, pairs = _conversation(rng, turns, easy)
+    scene, pairs = _conversation(rng, turns)
+    if rng.random() < brief:
+        return tokens.document(pairs, brief_words(scene, table))
     return tokens.document(pairs, grid_words(scene, geometry, table, noise, rng))
 
 
-def _conversation(
-    rng: np.random.Generator, turns: int, easy: float
-) -> tuple[Scene, list[tuple[str, str]]]:
+def _conversation(rng: np.random.Generator, turns: int) -> tuple[Scene, list[tuple[str, str]]]:
     """A scene and what is said of it: questions, or a caption, or a wording of either country."""
     kind = rng.random()
     if kind < 0.7:
-        scene = scene_for_questions(rng, "train", easy)
+        scene = scene_for_questions(rng, "train")
         wordings = [wording for _, wording in draw_questions(rng, scene, turns)]
         return scene, [(wording.question, answer(wording, scene)) for wording in wordings]
     scene = draw_scene(rng, "train")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from conf.schema.model import ModelConfig
 from models.anyres import AnyresGeometry
 from tools.demo.canvases import COLOURS, Scene, draw_scene, render
-from tools.demo.progress import Progress, cosine
+from tools.demo.optimizers import Optimizers
+from tools.demo.progress import Progress
 from tools.demo.tiles import PADDING, cut_tiles, patch_labels
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ CHUNK = 256  # scenes drawn at a time, their tiles then shuffled
 
 @dataclass(frozen=True)
 class VisionRecipe:
-    steps: int = 3600
+    steps: int = 3000
     batch: int = 64  # tiles
-    lr: float = 2e-3
+    lr: float = 6e-3  # of matrices, by Muon
+    table_lr: float = 6e-3  # of all else, by AdamW
     weight_decay: float = 0.05
     warmup: int = 100
     floor: float = 0.02
@@ -137,27 +139,27 @@ def pretrain_vision(
     geometry = AnyresGeometry.from_model(model)
     layers = model.vision.layers_used
     tower, heads = new_tower(model), DenseHeads(model.vision.hidden_size)
-    trained = [*tower.vision_model.embeddings.parameters(), *heads.parameters()]
-    for layer in tower.vision_model.encoder.layers[:layers]:
-        trained += list(layer.parameters())
-    optimizer = torch.optim.AdamW(
-        trained, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay, fused=True
+    named = [*tower.vision_model.embeddings.named_parameters(), *heads.named_parameters("heads")]
+    named += tower.vision_model.encoder.layers[:layers].named_parameters()
+    optimizers = Optimizers(
+        named,
+        ("position_embedding", "heads"),
+        (recipe.lr, recipe.table_lr),
+        recipe.weight_decay,
+        recipe.steps,
+        recipe.warmup,
+        recipe.floor,
     )
     progress = Progress("vision", recipe.steps, every)
-    for step, batch in enumerate(batches(recipe, geometry, seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * cosine(step, recipe.steps, recipe.warmup, recipe.floor)
+    for step, batch in enumerate(batches(recipe, geometry, seed), start=1):
         digit, colour = heads(features(tower, layers, normalise(batch.pixels)))
         labels = torch.from_numpy(batch.labels)
         loss = F.cross_entropy(digit.flatten(0, 1), labels.flatten())
         shown = labels != PADDING
         colours = torch.from_numpy(batch.colours)[:, None].expand_as(labels)
         loss = loss + recipe.colour_weight * F.cross_entropy(colour[shown], colours[shown])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        progress.update(step + 1, loss.item())
+        optimizers.step(loss)
+        progress.update(step, loss.item())
     return tower.eval(), {**score(tower, heads, model, seed), "seconds": progress.seconds}
 
 
