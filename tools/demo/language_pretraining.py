@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LanguageRecipe:
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 16  # documents
     lr: float = 3e-3  # of matrices, by Muon
     table_lr: float = 1e-2  # of the embedding table, the head and the norms, by AdamW
