@@ -107,4 +107,5 @@ def test_descriptors_are_bounded_and_threads_agree(manifest: Manifest) -> None:
             assert found == alone[row]
     assert len(cache) <= 2
     cache.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    # Fewer when files of other tests were collected meanwhile.
+    assert len(os.listdir("/proc/self/fd")) <= before

@@ -5,6 +5,8 @@ import math
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.pipeline.small_run import SmallRun, losses, metrics, train
@@ -74,8 +76,6 @@ def test_reference_is_reused(small_run: SmallRun, trained: dict[str, str], tmp_p
 
 
 def test_changed_reference_is_refused(small_run: SmallRun, trained: dict[str, str]) -> None:
-    import pyarrow.parquet as pq
-
     config = small_run.config("stage3", run="forged")
     config.init_from = str(small_run.root / "run" / "stage2")
     source = next((small_run.root / "run" / "stage3" / "reference").glob("*.parquet"))
@@ -83,7 +83,7 @@ def test_changed_reference_is_refused(small_run: SmallRun, trained: dict[str, st
     shifted = table.set_column(
         table.schema.get_field_index("chosen"),
         table.schema.field("chosen"),
-        [[value - 1.0 for value in table.column("chosen").to_pylist()]],
+        pa.array([value - 1.0 for value in table.column("chosen").to_pylist()], pa.float32()),
     )
     target = small_run.stage_dir(config) / "reference" / source.name
     target.parent.mkdir(parents=True)

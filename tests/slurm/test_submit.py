@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.compose import load
+from conf.compose import compose, load
 from slurm import local
 from slurm.run_directory import RunDirectory
 from slurm.submit import main
@@ -36,7 +36,7 @@ class World:
         self.root, self.run = root, root / "runs" / "test"
         self.base = [f"runs_dir={root / 'runs'}", "run=test", f"data.root={root / 'shards'}"]
         self.base.append(f"data.tokenizer={root / 'tokenizer'}")
-        for name in ("captions", "questions", "styles", "chats", "preferences"):
+        for name in compose([]).data.sources:
             (root / "shards" / name).mkdir(parents=True)
         (root / "tokenizer").mkdir()
         (self.run / "import").mkdir(parents=True)
@@ -218,6 +218,7 @@ def test_dry_run_prints_everything_and_writes_nothing(
     assert world.submit(ALL, "stage3:parallel=tp2", "dry=1") == 0
     said = capsys.readouterr().out
     assert said.count("--config") == 3 and "WORLD_SIZE=2" in said
-    assert "stage3: would run, 60 steps of 8 packs of 512 tokens, tiny, 2 processes" in said
+    steps = compose(["stage=stage3"]).stage.steps
+    assert f"stage3: would run, {steps} steps of 8 packs of 512 tokens, tiny, 2 processes" in said
     assert "not there yet: stage1 needs the shards" in said
     assert sorted(world.root.rglob("*")) == before
