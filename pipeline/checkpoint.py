@@ -17,8 +17,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data_shards.durable import sync_directory
 from models.llava_next import LlavaNext
-from pipeline.files import digest_and_fsync, fsync_directory
+from pipeline.files import digest_and_fsync
 from pipeline.manifest import (
     CheckpointError,
     Manifest,
@@ -126,11 +127,11 @@ def save(state: TrainingState, stage_dir: Path, keep: int) -> Path:
             files=files,
         )
         write_manifest(aside, manifest)
-        fsync_directory(aside)
+        sync_directory(aside)
         if final.exists():  # a damaged checkpoint of the same step that resuming passed over
             shutil.rmtree(final)
         aside.rename(final)
-        fsync_directory(final.parent)
+        sync_directory(final.parent)
         prune(stage_dir, keep)
     dist.barrier()
     return final

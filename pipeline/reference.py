@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +20,8 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from data_shards.durable import replacing
 from pipeline.callbacks.progress import duration
-from pipeline.files import fsync_directory
 from pipeline.objectives.preference import ReferenceObjective
 from pipeline.step import run_schedule
 
@@ -122,12 +121,8 @@ def _write(path: Path, rows: Rows, digest: str) -> None:
         },
         schema=_SCHEMA.with_metadata({"digest": digest}),
     )
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    pq.write_table(table, aside)
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    aside.rename(path)
-    fsync_directory(path.parent)
+    with replacing(path) as file:
+        pq.write_table(table, file)
 
 
 def read_reference(path: Path, digest: str) -> Rows:

@@ -19,8 +19,8 @@ from torch import Tensor
 from conf.compose import compose, from_mapping, load, to_mapping
 from conf.schema import ModelConfig, PrecisionConfig
 from data_shards.chat import ChatTokenizer
+from data_shards.durable import sync_directory
 from models.hf_state import to_hf
-from pipeline.files import fsync_directory
 from pipeline.handoff import Done, read_done
 from tools.command import required, run, split_arguments
 from tools.hf_config import TRANSFORMERS, llava_config
@@ -124,9 +124,9 @@ def write_export(
         for path in aside.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        fsync_directory(aside)
+        sync_directory(aside)
         aside.rename(out)
-        fsync_directory(out.parent)
+        sync_directory(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
