@@ -100,9 +100,8 @@ def session(parallel: ParallelConfig, seed: int, timeout_minutes: int = 30) -> I
             last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
             reports=rank == 0,
         )
-        dist.barrier()
+        dist.barrier()  # not after an exception: it would wait for peers that may be gone
     finally:
-        # Not after an exception: destroying groups waits for peers that may be gone.
         parallel_state.destroy_model_parallel()
         if dist.is_initialized():
             dist.destroy_process_group()

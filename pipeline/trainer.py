@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import time
 from dataclasses import asdict
@@ -18,15 +17,13 @@ from pipeline import checkpoint
 from pipeline.callbacks.base import Callback, StepEvent
 from pipeline.data import StageData
 from pipeline.distributed import Ranks
-from pipeline.files import digest_and_fsync
+from pipeline.files import digest_and_fsync, read_json
 from pipeline.handoff import DONE, Done, check_predecessor, read_done, write_done
 from pipeline.manifest import MANIFEST
 from pipeline.objectives.base import Objective
 from pipeline.optimizer import build_optimizer, build_schedule, learning_rates
 from pipeline.stages import frozen_modules, trainable_modules
 from pipeline.step import StepResult, train_step
-
-_CODE_VERSION = "AMALIA_CODE_VERSION"  # commit of the snapshot, set by the launcher
 
 
 def config_digest(config: Config) -> str:
@@ -36,6 +33,14 @@ def config_digest(config: Config) -> str:
     for key in ("log_every", "checkpoint"):
         del relevant["stage"][key]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def code_version(run_dir: Path) -> str:
+    """SHA-256 of the code snapshot that the launcher took, from the run's plan.json."""
+    path = run_dir / "plan.json"
+    if not path.is_file():
+        return "unknown"
+    return str(read_json(path, "the run's plan", "submit the run again").get("code", "unknown"))
 
 
 class Trainer:
@@ -69,7 +74,7 @@ class Trainer:
             },
             plan_digest=data.plan.digest,
             config_digest=config_digest(config),
-            code_version=os.environ.get(_CODE_VERSION, "unknown"),
+            code_version=code_version(stage_dir.parent),
         )
         self.stop_reason = ""  # this rank's wish; ranks agree after each step
         self.stop_agreed = self.save_agreed = self._save_wanted = False

@@ -11,7 +11,6 @@ from pipeline.batch import DeviceBatch
 # (sum to differentiate, how many terms it has, sums to report)
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
 LossFunction = Callable[[Tensor], LossOutput]
-ForwardStep = Callable[[Iterator[DeviceBatch], object], tuple[Tensor, LossFunction]]
 
 
 class Objective(Protocol):

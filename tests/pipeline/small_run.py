@@ -28,6 +28,9 @@ STAGES: dict[str, list[str]] = {
 }
 
 
+CODE = "0123abcd"  # what the launcher's plan.json says of the code
+
+
 class SmallRun:
     """`root/run/import` and three data sets (`chats`, `more`, `pairs`)."""
 
@@ -36,6 +39,7 @@ class SmallRun:
         vision, language, tokenizer = write_backbones(root / "backbones")
         paths = [f"vision={vision}", f"language={language}", f"tokenizer={tokenizer}"]
         hf_import.main([*OVERRIDES, *paths, f"out={root / 'run' / 'import'}"])
+        (root / "run" / "plan.json").write_text(json.dumps({"code": CODE}))
         self.tokenizer = root / "run" / "import" / "tokenizer"
         chats = toys.write_parquet(root / "chats.parquet", toys.chat_rows(32))
         more = toys.write_parquet(root / "more.parquet", toys.chat_rows(12, first=100))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.pipeline.small_run import SmallRun, losses, metrics, train
+from tests.pipeline.small_run import CODE, SmallRun, losses, metrics, train
 
 # Layouts sum float32 numbers in other orders; after six AdamW steps the losses (about 5) still
 # agree to the seventh digit (4e-7 seen).
@@ -23,6 +23,8 @@ def test_three_stages(small_run: SmallRun, trained: dict[str, str]) -> None:
         done = json.loads((directory / "DONE.json").read_text())
         assert (done["number"], done["step"]) == (number, 6)
         assert (directory / done["checkpoint"] / "MANIFEST.json").is_file()
+        manifest = json.loads((directory / done["checkpoint"] / "MANIFEST.json").read_text())
+        assert manifest["code_version"] == CODE
         assert losses(config)[-1] < losses(config)[0]
         assert list((directory / "tensorboard").iterdir())
         assert "ETA" in trained[stage]
