@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "precision.grad_reduce_in_fp32",
     "stage.micro_batch_size",
     "stage.log_every",
+    "stage.gpu_hours",
     "stage.checkpoint",
     "data.root",
     "data.tokenizer",

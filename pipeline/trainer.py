@@ -30,7 +30,7 @@ def config_digest(config: Config) -> str:
     """Digest of what defines the numbers of a stage: not the layout, cluster or names."""
     value = asdict(config)
     relevant = {key: value[key] for key in ("model", "precision", "stage")}
-    for key in ("log_every", "checkpoint"):
+    for key in ("log_every", "checkpoint", "gpu_hours"):
         del relevant["stage"][key]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 

@@ -93,6 +93,8 @@ class StageConfig:
     max_tiles_per_pack: Optional[int] = None
     seed: int = 1234
     log_every: int = 1
+    # Expected GPU-hours (without GPUs, rank-hours) of the whole stage: how many jobs are queued.
+    gpu_hours: Optional[float] = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
