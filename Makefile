@@ -28,7 +28,8 @@ SUBMIT = $(PY) -m slurm.submit run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(
 SHOW = $(if $(DRY),@echo would run:)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format shards stage1 stage2 stage3 pipeline import export eval report
+.PHONY: help setup setup-remote demo test lint format shards stage1 stage2 stage3 pipeline status logs \
+	cancel array import export eval report
 
 help: ## this list
 	@grep -hE '^[a-z0-9 ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -76,6 +77,19 @@ stage1 stage2 stage3: $(READY) ## one stage of RUN; the same command resumes
 
 pipeline: $(READY) ## the three stages, each once
 	$(SUBMIT) 'stages=[stage1,stage2,stage3]' $(ARGS)
+
+status: $(READY) ## stages, jobs, steps and GPU-hours of RUN; one call of squeue, kept for a minute
+	$(PY) -m slurm.status run=$(RUN) $(ARGS)
+
+logs: $(READY) ## the log of what runs now in RUN; ARGS="stage=stage2 follow=true"
+	$(PY) -m slurm.logs run=$(RUN) $(ARGS)
+
+cancel: $(READY) ## all queued jobs of RUN; running ones save first (ARGS=now=true: at once)
+	$(SHOW) $(PY) -m slurm.cancel run=$(RUN) $(ARGS)
+
+array: $(READY) ## TASK=shards|validate|reference|evaluate of RUN as an array; ARGS="throttle=8"
+	$(PY) -m slurm.arrays task=$(TASK) run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
+		$(if $(DRY),dry=$(DRY)) $(ARGS)
 
 import: $(READY) ## VISION= LANGUAGE= TOKENIZER= (Hugging Face folders), or LLAVA=, to runs/RUN/import
 	$(SHOW) $(PY) -m tools.hf_import model=$(MODEL) $(if $(LLAVA),llava=$(LLAVA),\
