@@ -40,6 +40,9 @@ class SiteConfig:
     srun: list[str] = field(default_factory=list)  # further words for every srun
     master_interface: Optional[str] = None  # network interface of rank 0's address; null: by name
     container: Optional[str] = None  # words before `python` that enter a container
+    # GPUs that a job of one process asks for though it uses none, where a queue of GPU nodes wants
+    # GPUs and cores in a fixed proportion.
+    single_gpus: int = 0
     local_scratch: Optional[str] = None  # node-local directory, as a shell word
     cost_unit: str = "GPU-hours"
     cost_per_gpu_hour: float = 1.0
@@ -66,6 +69,7 @@ class ClusterConfig:
     memory_gb: Optional[int] = None
     ranks_per_node: Optional[int] = None  # null: a rank a GPU; without GPUs one
     threads_per_rank: int = 1
+    speed: float = 1.0  # of one GPU, beside the H100 for which stage.gpu_hours is given
 
     # Whose hours, and in which queue. From SLURM_ACCOUNT and SLURM_QOS or the command line.
     account: Optional[str] = None
@@ -84,8 +88,9 @@ class ClusterConfig:
     preflight: bool = True
     confirm_gpu_hours: float = 100.0  # a plan above this is confirmed by hand, or with yes=true
 
-    # model -> stage -> the option of conf/parallel that is meant where none is given.
-    layouts: dict[str, dict[str, str]] = field(default_factory=dict)
+    # What is meant where `parallel=` or `precision=` is not given; conf/compose.py looks these up.
+    layouts: dict[str, dict[str, str]] = field(default_factory=dict)  # model -> stage -> parallel
+    precisions: dict[str, str] = field(default_factory=dict)  # model -> precision
     site: SiteConfig = field(default_factory=SiteConfig)
 
     @property
@@ -101,9 +106,39 @@ class ClusterConfig:
                 return self.site.queues[name]
         return None
 
+    @property
+    def cpus_per_rank(self) -> Optional[int]:
+        """A rank's even share of the node's cores; None where those are unknown."""
+        if self.cpus_per_node is None:
+            return None
+        return max(1, self.cpus_per_node // self.ranks_on_a_node)
+
     def nodes(self, ranks: int) -> int:
         """Nodes that `ranks` ranks take."""
         return -(-ranks // self.ranks_on_a_node)
+
+    def memory(self, exclusive: bool, cpus: Optional[int] = None, gpus: int = 0) -> Optional[str]:
+        """What `--mem` says of each node; None where it must not, or need not, be given.
+
+        A job that has the node to itself takes all of its memory ("0"), as Slurm would otherwise
+        give it the default of each core; one that shares the node takes its share.
+        """
+        if not self.site.memory_flag:
+            return None
+        if exclusive:
+            return "0"
+        if self.memory_gb is None:
+            return None
+        shares = [
+            asked / of
+            for asked, of in ((cpus, self.cpus_per_node), (gpus, self.gpus_per_node))
+            if asked and of
+        ]
+        return f"{max(1, int(self.memory_gb * min(1.0, max(shares))))}G" if shares else None
+
+    def stage_hours(self, gpu_hours: float, ranks: int) -> float:
+        """Walltime of a stage that takes `gpu_hours` of an H100, on `ranks` of these GPUs."""
+        return gpu_hours / (ranks * self.speed)
 
     def check(self) -> None:
         if self.executor not in EXECUTORS:
@@ -114,6 +149,8 @@ class ClusterConfig:
             raise ConfigError(
                 f"cluster.site.gpu_flag={self.site.gpu_flag!r} is none of {', '.join(GPU_FLAGS)}"
             )
+        if self.speed <= 0:
+            raise ConfigError(f"cluster.speed={self.speed}: it must be positive")
         if self.hours <= 0:
             raise ConfigError(f"cluster.hours={self.hours}: it must be positive")
         if not 0 <= self.stop_minutes * 2 < self.hours * 60:
