@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema.errors import ConfigError
-from slurm.run_directory import write_text
+from slurm.files import write_text
 
 SCRIPT, LOG, RECORD = "submit.sh", "log.out", "job.json"
 KINDS = ("segment", "verify", "export", "array", "next_wave")

@@ -7,7 +7,6 @@ Nothing in it is overwritten in place: files are written aside and renamed.
 """
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,10 +25,10 @@ import yaml
 from conf import compose
 from conf.schema import Config
 from conf.schema.errors import ConfigError
+from conf.snapshot import CODE, LISTING, code_digest, file_digests, listing, source_files
+from slurm.files import point, write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("conf", "data_shards", "models", "pipeline", "slurm", "tools")
-SNAPSHOT = (".py", ".yaml", ".jinja", ".html")
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,7 @@ class RunDirectory:
         taken = [int(path.name) for path in segments.iterdir() if path.name.isdigit()]
         segment = segments / f"{max(taken, default=0) + 1:03d}"
         segment.mkdir()
-        link, aside = self.stage(name) / "current.log", self.stage(name) / "current.log.tmp"
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(Path("segments") / segment.name / "log.out")
-        os.replace(aside, link)
+        point(self.stage(name) / "current.log", Path("segments") / segment.name / "log.out")
         return segment
 
     @contextmanager
@@ -133,7 +129,7 @@ class RunDirectory:
 
     def _snapshot_code(self) -> str:
         """Copy the packages to code/; returns their SHA-256. A different older copy is kept."""
-        code, digest = self.root / "code", code_digest(REPOSITORY)
+        code, digest = self.root / CODE, code_digest(REPOSITORY)
         if code.exists():
             before = code_digest(code)
             if before == digest:
@@ -144,21 +140,13 @@ class RunDirectory:
             os.replace(code, kept)
         aside = self.root / "code.tmp"
         shutil.rmtree(aside, ignore_errors=True)
-        for path in _source_files(REPOSITORY):
+        for path in source_files(REPOSITORY):
             target = aside / path.relative_to(REPOSITORY)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         os.replace(aside, code)
+        write_text(self.root / LISTING, listing(file_digests(code)))
         return digest
-
-
-def code_digest(root: Path) -> str:
-    """SHA-256 over the paths and contents of the packages under `root`."""
-    digest = hashlib.sha256()
-    for path in _source_files(root):
-        digest.update(str(path.relative_to(root)).encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def environment() -> str:
@@ -174,25 +162,6 @@ def environment() -> str:
         f"commit {_commit()}",
     ]
     return "\n".join(head + packages) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, fsync, rename: a reader sees the old text or the new, never a part."""
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def _source_files(root: Path) -> list[Path]:
-    return sorted(
-        path
-        for package in PACKAGES
-        for path in (root / package).rglob("*")
-        if path.suffix in SNAPSHOT and path.is_file() and "__pycache__" not in path.parts
-    )
 
 
 def _commit() -> str:
