@@ -21,7 +21,8 @@ TORCH = torch==2.13.0
 
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check --quiet
-READY = $(VENV)/.installed
+# PREPARED=1: VENV is ready as it is (made elsewhere, for a machine without internet).
+READY = $(if $(PREPARED),,$(VENV)/.installed)
 SUBMIT = $(PY) -m slurm.submit run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
 	$(if $(DRY),dry=$(DRY))
 # Verbs that have no plan of their own to print only show their command with DRY=1.
@@ -40,7 +41,7 @@ help: ## this list
 
 setup: $(READY) ## make .venv and install everything (every verb does it by itself)
 
-$(READY): setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@test -x $(PY) || test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or 3.12 that can make a \
 	virtual environment; install one (Debian: apt install python3.11-venv) or give PYTHON=' >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
