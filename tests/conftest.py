@@ -1,7 +1,6 @@
 """What every test shares: one thread each, no network, and reasons for what is skipped."""
 
 import os
-import shutil
 
 # Before anything imports torch: the tests run several at a time on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,8 +19,9 @@ def _no_gpu() -> str:
 
 
 def _no_slurm() -> str:
-    lacking = [name for name in ("sbatch", "slurmctld", "slurmd") if shutil.which(name) is None]
-    return f"no Slurm on this machine: {', '.join(lacking)} not found" if lacking else ""
+    from tests.slurm.throwaway import lacking
+
+    return lacking()
 
 
 NEEDS = {"gpu": _no_gpu, "slurm": _no_slurm}
