@@ -25,7 +25,7 @@ import yaml
 from conf import compose
 from conf.schema import Config
 from conf.schema.errors import ConfigError
-from conf.snapshot import CODE, LISTING, code_digest, file_digests, listing, source_files
+from conf.snapshot import CODE, LISTING, PLAN, code_digest, file_digests, listing, source_files
 from slurm.files import point, write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -97,6 +97,20 @@ class RunDirectory:
             write_text(self.config_path(name), compose.dump(config))
         write_text(self.root / "env.txt", environment())
         write_text(self.root / "plan.json", json.dumps({**plan, "code": code}, indent=1) + "\n")
+
+    def record_code(self) -> None:
+        """Snapshot the code for jobs that belong to no stage; plan.json keeps what else it says."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        path = self.root / PLAN
+        plan: dict[str, Any] = {"format": 1, "run": self.root.name, "stages": []}
+        if path.exists():
+            try:
+                plan |= json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{path} is damaged ({error}); restore it") from error
+        code = self._snapshot_code()
+        write_text(self.root / "env.txt", environment())
+        write_text(path, json.dumps({**plan, "code": code}, indent=1) + "\n")
 
     def new_segment(self, name: str) -> Path:
         """Make the next segments/NNN and point current.log at its log."""
