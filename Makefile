@@ -23,6 +23,9 @@ PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check --quiet
 # PREPARED=1: VENV is ready as it is (made elsewhere, for a machine without internet).
 READY = $(if $(PREPARED),,$(VENV)/.installed)
+# nemo-run brings a hundred packages; they stay out of VENV.
+VENV_REMOTE ?= .venv-remote
+REMOTE_READY = $(VENV_REMOTE)/.installed
 SUBMIT = $(PY) -m slurm.submit run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
 	$(if $(DRY),dry=$(DRY))
 # Verbs that have no plan of their own to print only show their command with DRY=1.
@@ -33,7 +36,7 @@ SHOW = $(if $(DRY),@echo would run:)
 	cancel array import export eval report
 
 help: ## this list
-	@grep -hE '^[a-z0-9 ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
+	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
 		| awk -F '\t' '{ printf "  %-20s %s\n", $$1, $$2 }'
 	@echo
 	@echo 'Variables (now): CLUSTER=$(CLUSTER) RUN=$(RUN) MODEL=$(MODEL) DATA=$(DATA) STAGE=$(STAGE)'
@@ -53,6 +56,17 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 		|| $(PIP) install '$(TORCH)'; \
 	fi
 	@$(PIP) install -c constraints.txt -e '.[dev,eval]'
+	@touch $@
+
+setup-remote: $(REMOTE_READY) ## make .venv-remote, from which REMOTE=user@host submits over SSH
+
+$(VENV_REMOTE)/.installed: constraints-remote.txt
+	@test -x $(VENV_REMOTE)/bin/python || test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or 3.12 \
+	that can make a virtual environment; install one or give PYTHON=' >&2; exit 1; }
+	@test -x $(VENV_REMOTE)/bin/python || $(PYTHON) -m venv $(VENV_REMOTE)
+	@echo 'installing nemo-run into $(VENV_REMOTE) (some minutes the first time)'
+	@$(VENV_REMOTE)/bin/python -m pip --disable-pip-version-check --quiet install \
+		-c constraints-remote.txt nemo-run leptonai
 	@touch $@
 
 demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
