@@ -3,6 +3,7 @@
 The layout, the machine and the bookkeeping may; whatever decides what the weights become may not.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from conf.compose import to_mapping
@@ -30,18 +31,31 @@ MAY_CHANGE = (
 
 def changed(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every value that differs and must not, in the schema's order."""
+    return [line for key, line in _differences(old, new).items() if not _may_change(key)]
+
+
+def differing(old: Config, new: Config, passed_over: Sequence[str] = ()) -> list[str]:
+    """`key: old -> new` for every value that differs, but for these keys and all below them."""
+    return [line for key, line in _differences(old, new).items() if not _is_below(key, passed_over)]
+
+
+def _differences(old: Config, new: Config) -> dict[str, str]:
     before, after = _flat(to_mapping(old)), _flat(to_mapping(new))
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+    return {
+        key: f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in {**before, **after}
-        if before.get(key, "absent") != after.get(key, "absent") and not _may_change(key)
-    ]
+        if before.get(key, "absent") != after.get(key, "absent")
+    }
 
 
 def _may_change(key: str) -> bool:
     if key.startswith("data.sources.") and key.endswith(".input"):
         return True
-    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    return _is_below(key, MAY_CHANGE)
+
+
+def _is_below(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

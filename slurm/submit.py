@@ -1,230 +1,160 @@
-"""Run stages of one run, in order, each only once.
+"""Run the stages of one run, in order, each only once.
 
     python -m slurm.submit stages=[stage1,stage2,stage3] run=demo model=tiny data=demo [dry=true]
 
-Everything else is a Hydra override, for every stage; `stage2:parallel=tp2` is for stage 2 only.
-All stages are composed and checked before the first one starts.  A stage that has its DONE.json is
-skipped, so the same command goes on where the last one ended.
+On cluster=local the stages run here, one after the other. On the others they are queued as a chain
+of batch jobs, and the command returns. Everything else is a Hydra override, for every stage;
+`stage2:parallel=tp2` is for stage 2 only. All stages are composed and checked before anything
+starts. What is done is skipped and what is queued is not queued again, so the same command goes on
+where the last one ended.
+
+    dry=true        print the plan; for Slurm clusters write the batch scripts too (needs no Slurm)
+    test_only=true  write the scripts and ask `sbatch --test-only` when each would start
+    yes=true        do not ask, however many GPU-hours
+    export=true     in the end, a Hugging Face folder of the last stage
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from conf.check import check
-from conf.compare import changed
-from conf.compose import compose, options
 from conf.schema import Config
 from conf.schema.errors import ConfigError
-from slurm import local
-from slurm.run_directory import RunDirectory
-
-USAGE = (
-    "usage: python -m slurm.submit stages=[stage1,stage2,stage3] run=NAME [dry=true] [KEY=VALUE]"
+from slurm import commands, local, queue_state, run_local, sbatch
+from slurm import plan as plans
+from slurm.chain import LiveJobs, chain
+from slurm.exclude import read as excluded_nodes
+from slurm.job import Job, records
+from slurm.limits import refuse_over_limits
+from slurm.refusals import (
+    missing,
+    refuse_changes,
+    refuse_live_changes,
+    refuse_stopped,
+    set_failures_aside,
 )
-
-
-@dataclass(frozen=True)
-class Request:
-    """The command line, sorted."""
-
-    stages: tuple[str, ...]
-    dry: bool
-    shared: tuple[str, ...]  # overrides for every stage
-    own: Mapping[str, tuple[str, ...]]  # overrides for one stage
-
-    def compose(self, stage: str) -> Config:
-        return compose([*self.shared, f"stage={stage}", *self.own.get(stage, ())])
-
-
-def parse(arguments: Sequence[str]) -> Request:
-    """Sort the command line; ConfigError on a stage that does not exist, or none."""
-    stages: list[str] = []
-    dry = False
-    shared: list[str] = []
-    own: dict[str, tuple[str, ...]] = {}
-    known = options("stage")
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        stage, colon, override = argument.partition(":")
-        if key in ("stages", "stage"):
-            stages += [name.strip() for name in value.strip("[]").split(",") if name.strip()]
-        elif key == "dry":
-            dry = _boolean(value)
-        elif colon and stage in known:
-            own[stage] = (*own.get(stage, ()), override)
-        else:
-            shared.append(argument)
-    unknown = sorted(set(stages) - set(known))
-    if unknown:
-        raise ConfigError(f"stages={','.join(unknown)}: the stages are {', '.join(known)}")
-    if not stages:
-        raise ConfigError(f"no stages; {USAGE}")
-    idle = sorted(set(own) - set(stages))
-    if idle:
-        raise ConfigError(f"{idle[0]}:{own[idle[0]][0]} is for a stage that stages= does not name")
-    return Request(tuple(sorted(set(stages))), dry, tuple(shared), own)
-
-
-def prepare(request: Request) -> dict[str, Config]:
-    """Compose and check every stage; ConfigError names each that cannot run."""
-    configs = {stage: request.compose(stage) for stage in request.stages}
-    # What is wrong, and with which stages: the same mistake is told once.
-    reasons: dict[str, list[str]] = {}
-    for stage, config in configs.items():
-        try:
-            check(config)
-            local.refuse_too_many(config)
-        except ConfigError as error:
-            reasons.setdefault(str(error), []).append(stage)
-    first = next(iter(configs.values()))
-    for stage, config in configs.items():
-        for name in ("model", "run", "runs_dir"):
-            if getattr(config, name) != getattr(first, name):
-                problem = f"{name} differs from {request.stages[0]}'s; give it once"
-                reasons.setdefault(problem, []).append(stage)
-    if reasons:
-        raise ConfigError(
-            "; ".join(f"{', '.join(stages)}: {reason}" for reason, stages in reasons.items())
-        )
-    return configs
-
-
-def refuse_changes(run: RunDirectory, configs: Mapping[str, Config]) -> None:
-    """ConfigError when a stage that has begun would go on with another recipe."""
-    recorded = run.recorded()
-    for stage, config in configs.items():
-        if stage in recorded and run.has_begun(stage):
-            differences = changed(recorded[stage], config)
-            if differences:
-                raise ConfigError(
-                    f"{run.stage(stage)} has begun with other settings: {'; '.join(differences)}; "
-                    "give the old values, or choose another run=NAME"
-                )
-
-
-def missing(run: RunDirectory, configs: Mapping[str, Config], to_run: Sequence[str]) -> list[str]:
-    """What the stages need and is not there: a predecessor, shards, a tokenizer."""
-    reasons = []
-    for stage in to_run:
-        config = configs[stage]
-        number = config.stage.number
-        before = f"stage{number - 1}" if number > 1 else "import"
-        start = Path(config.init_from) if config.init_from else run.stage(before)
-        planned = config.init_from is None and before in to_run
-        if not planned and not (start / "DONE.json").exists():
-            remedy = "run `make import`" if before == "import" else f"run {before} first"
-            if config.init_from:
-                remedy = "name the directory of a stage that has ended in init_from"
-            reasons.append(f"{stage} begins from {start}, which has no DONE.json: {remedy}")
-        data = config.data
-        for source in data.mix[config.stage.name]:
-            if not (Path(data.root) / source).is_dir():
-                reasons.append(
-                    f"{stage} needs the shards {Path(data.root) / source}: run `make shards`"
-                )
-        if not Path(data.tokenizer).is_dir():
-            reasons.append(
-                f"{stage} needs the tokenizer {data.tokenizer}: run `make import`, or set "
-                "data.tokenizer"
-            )
-    return list(dict.fromkeys(reasons))
-
-
-def plan(run: RunDirectory, configs: Mapping[str, Config]) -> dict[str, Any]:
-    """What will happen, as plain values: the plan.json of the run."""
-    stages = []
-    for stage, config in configs.items():
-        done, begun = run.is_done(stage), run.has_begun(stage)
-        stages.append(
-            {
-                "name": stage,
-                "state": "done" if done else "resume" if begun else "run",
-                "config": f"{stage}/config.yaml",
-                "ranks": config.parallel.world_size,
-                "cluster": config.cluster.name,
-                "steps": config.stage.steps,
-                "epochs": config.stage.epochs,
-                "command": local.command(run.config_path(stage)),
-            }
-        )
-    return {"format": 1, "run": run.root.name, "stages": stages}
+from slurm.request import Request, parse, prepare
+from slurm.run_directory import RunDirectory
 
 
 def submit(arguments: Sequence[str]) -> None:
     """Do what the command line asks. Raises ConfigError, OSError, or JobFailed."""
     request = parse(arguments)
-    configs = prepare(request)
-    run = RunDirectory.of(next(iter(configs.values())))
+    configs, remarks = prepare(request)
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)
+    first = next(iter(configs.values()))
+    run = RunDirectory.of(first)
     refuse_changes(run, configs)
-    if request.dry:
-        _print_dry(run, configs)
-        return
-    with run.locked():
-        planned = plan(run, configs)
-        to_run = [stage["name"] for stage in planned["stages"] if stage["state"] != "done"]
-        lacking = missing(run, configs, to_run)
-        if lacking:
-            raise ConfigError("; ".join(lacking))
-        run.record({name: configs[name] for name in to_run}, planned)
-        for stage in request.stages:
-            if stage not in to_run:
-                print(f"{stage}: done already ({run.stage(stage) / 'DONE.json'}), skipped")
-                continue
-            _run_stage(run, stage, configs[stage])
+    if first.cluster.executor == "slurm":
+        if request.dry:
+            _write_scripts(request, run, configs)
+        else:
+            with run.locked():
+                _queue(request, run, configs)
+    elif request.dry or request.test_only:
+        run_local.show(run, configs)
+    else:
+        with run.locked():
+            run_local.run(request, run, configs)
 
 
-def _run_stage(run: RunDirectory, stage: str, config: Config) -> None:
-    ranks = config.parallel.world_size
-    again = "goes on" if run.has_begun(stage) else "begins"
-    segment = run.new_segment(stage)
-    print(f"{stage}: {again} on {ranks} process{'es' if ranks > 1 else ''}, log {segment}/log.out")
-    sys.stdout.flush()
-    try:
-        local.run(config, run.config_path(stage), segment)
-    except local.JobFailed as error:
-        raise local.JobFailed(f"{stage}: {error}", error.code) from error
-    if not run.is_done(stage):
-        raise local.JobFailed(
-            f"{stage}: stopped before its last step; the same command goes on from the last "
-            f"checkpoint (log: {segment / 'log.out'})"
-        )
-    print(f"{stage}: done, {run.stage(stage)}")
-
-
-def _print_dry(run: RunDirectory, configs: Mapping[str, Config]) -> None:
-    planned = plan(run, configs)
-    to_run = [stage["name"] for stage in planned["stages"] if stage["state"] != "done"]
-    print(f"run {run.root}: nothing is started or written (dry=true)")
-    for stage in planned["stages"]:
-        name, config = stage["name"], configs[stage["name"]]
-        if stage["state"] == "done":
-            print(f"{name}: done already, would be skipped")
-            continue
-        what, amount = (
-            ("steps", stage["steps"]) if stage["steps"] is not None else ("epochs", stage["epochs"])
-        )
-        print(
-            f"{name}: would {stage['state']}, {amount} {what} of {config.stage.global_batch_size} "
-            f"packs of {config.stage.sequence_length} tokens, {config.model.name}, "
-            f"{config.parallel.world_size} processes (tensor {config.parallel.tensor}, pipeline "
-            f"{config.parallel.pipeline}, context {config.parallel.context}, data "
-            f"{config.parallel.data})"
-        )
-        print(f"  {local.describe(config, run.config_path(name))}")
+def _write_scripts(request: Request, run: RunDirectory, configs: Mapping[str, Config]) -> None:
+    """`dry=true`: the scripts and the plan, without asking Slurm anything."""
+    stages = plans.plan(run, configs)
+    to_run = [stage.name for stage in stages if stage.state != "done"]
+    jobs = chain(run, configs, to_run, LiveJobs(), request.export)
+    refuse_over_limits(jobs, configs, None)
+    if any(True for _ in records(run.root)):
+        print(f"note: {run.root} has been submitted before; its settings and code stay as they are")
+    else:
+        _record(run, configs, to_run, stages)
+    for job in jobs:
+        sbatch.write_script(job, configs[job.stage], run, "", excluded_nodes(run.root))
+    print(f"run {run.root} on {_cluster(configs)}: nothing is queued (dry=true)")
+    print(plans.table(stages, _first(configs)))
+    for job in jobs:
+        print(f"{plans.job_line(job)}\n    {job.script}")
     for reason in missing(run, configs, to_run):
         print(f"not there yet: {reason}")
 
 
-def _boolean(value: str) -> bool:
-    lowered = value.strip().lower()
-    if lowered in ("1", "true", "yes", "on"):
-        return True
-    if lowered in ("0", "false", "no", "off", ""):
-        return False
-    raise ConfigError(f"dry={value} is neither true nor false")
+def _queue(request: Request, run: RunDirectory, configs: Mapping[str, Config]) -> None:
+    """Queue what is missing, or with `test_only=true` ask what Slurm would say."""
+    live = queue_state.live(run)
+    sorted_live = queue_state.sort(live)
+    refuse_live_changes(run, configs, live, {*sorted_live.segments, *sorted_live.verifiers})
+    refuse_stopped(run, configs)
+    stages = plans.plan(run, configs, tuple(sorted_live.verifiers))
+    to_run = [stage.name for stage in stages if stage.state != "done"]
+    new = [stage for stage in to_run if stage not in sorted_live.verifiers]
+    lacking = missing(run, configs, new, sorted_live.verifiers)
+    if lacking:
+        raise ConfigError("; ".join(lacking))
+    jobs = chain(run, configs, to_run, sorted_live, request.export)
+    refuse_over_limits(jobs, configs, len(live))
+    print(f"run {run.root} on {_cluster(configs)}")
+    print(plans.table(stages, _first(configs)))
+    if not jobs:
+        print("nothing to queue: " + (_named(live) if live else "everything is done"))
+        return
+    if not request.test_only:
+        plans.confirm(stages, _first(configs), request.yes)
+        for line in set_failures_aside(run, new):
+            print(line)
+    _record(run, configs, new, stages)
+    exclude = excluded_nodes(run.root)
+    if request.test_only:
+        _ask(jobs, run, configs, exclude)
+        return
+    held = [id for id, job in live.items() if _cut_short(job, sorted_live)]
+    queued = sbatch.submit(jobs, configs, run, exclude, held)
+    ids = {record.name: record.job_id for record in queued}
+    for job in jobs:
+        print(plans.job_line(job, ids))
+    print(f"{len(queued)} jobs queued; they go on by themselves. `make status`, `make cancel`")
+
+
+def _ask(
+    jobs: Sequence[Job], run: RunDirectory, configs: Mapping[str, Config], exclude: Sequence[str]
+) -> None:
+    """`sbatch --test-only` of every script; ConfigError when one is refused."""
+    refused = []
+    for job in jobs:
+        sbatch.write_script(job, configs[job.stage], run, "", exclude)
+        try:
+            print(f"  {job.name}: {commands.test_only(job.script)}")
+        except ConfigError as error:
+            refused.append(f"{job.name}: {error}")
+    print("nothing is queued (test_only=true)")
+    if refused:
+        raise ConfigError("; ".join(refused))
+
+
+def _record(
+    run: RunDirectory,
+    configs: Mapping[str, Config],
+    names: Sequence[str],
+    stages: Sequence[plans.StagePlan],
+) -> None:
+    run.record({name: configs[name] for name in names}, plans.as_json(run, stages))
+
+
+def _cut_short(job: commands.QueuedJob, live: LiveJobs) -> bool:
+    """Whether a job is held since a submission was ended before it could release it."""
+    stages = [stage for stage, ids in live.segments.items() if job.job_id in ids]
+    return job.reason == "JobHeldUser" and any(stage not in live.verifiers for stage in stages)
+
+
+def _first(configs: Mapping[str, Config]) -> Config:
+    return next(iter(configs.values()))
+
+
+def _cluster(configs: Mapping[str, Config]) -> str:
+    return _first(configs).cluster.name
+
+
+def _named(live: Mapping[str, commands.QueuedJob]) -> str:
+    return ", ".join(f"{job_id} {job.name} is {job.state.lower()}" for job_id, job in live.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
