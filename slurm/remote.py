@@ -124,11 +124,11 @@ def check_command(request: Request, commit: str) -> str:
         if home == "~"
         else shlex.quote(request.directory)
     )
-    make = f"mkdir -p {directory}/code && " if request.verb in QUEUES else ""
+    make = f"mkdir -p {directory} && " if request.verb in QUEUES else ""
     source = Path(remote_host.__file__).read_text(encoding="utf-8")
     words = shlex.join(["-c", source, "check", commit, *SUBMITTING, *TRAINING])
     return login_shell(
-        f"{make}cd {directory} || exit {NO_DIRECTORY}\n"
+        f"{make}cd {directory} && mkdir -p code || exit {NO_DIRECTORY}\n"
         f"python={shlex.quote(request.python)}\n"
         'if [ -z "$python" ]; then\n'
         '  python=python3; [ -x .venv/bin/python ] && python="$PWD/.venv/bin/python"\n'
@@ -206,8 +206,8 @@ def send(link: Link, there: Mapping[str, Any], commit: str) -> None:
     source = Path(remote_host.__file__).read_text(encoding="utf-8")
     words = ["env", "-u", "PYTHONPATH", "PYTHONSAFEPATH=1", there["python"], "-c", source, "unpack"]
     words += [incoming, package.sha256, commit, *PACKAGES]
-    line = f"mkdir -p code && exec {shlex.join(words)}"
-    said = link.ask(login_shell(f"cd {shlex.quote(there['directory'])} && {line}"), seconds=300)
+    line = f"cd {shlex.quote(there['directory'])} && exec {shlex.join(words)}"
+    said = link.ask(login_shell(line), seconds=300)
     if said.code:
         raise ConfigError(f"{link.host} could not unpack the code: {said.last_line}")
     print(f"{link.host}: code {commit[:12]} sent, {package.size / 1000:.0f} kB")
