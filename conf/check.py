@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from conf.check_cluster import cluster_reasons
 from conf.schema import Config
 from conf.schema.errors import ConfigError
 from models.anyres import AnyresGeometry
@@ -300,12 +301,12 @@ def _place(config: Config, _: Hardware | None) -> Iterator[str]:
         yield (
             f"run={config.run!r} is not a plain directory name; use letters, digits, '.', '_', '-'"
         )
-    gpus, world_size = config.cluster.gpus_per_node, config.parallel.world_size
-    if config.cluster.executor == "local" and gpus and world_size > gpus:
-        yield (
-            f"parallel.world_size={world_size} is more than the {gpus} GPUs of this machine "
-            "(cluster.gpus_per_node), and two processes cannot share one; use fewer"
-        )
+
+
+def _cluster(config: Config, hardware: Hardware | None) -> Iterator[str]:
+    # A job that runs has passed its site's rules, or was started by hand inside an allocation.
+    if hardware is None or config.cluster.executor == "local":
+        yield from cluster_reasons(config)
 
 
 RULES: tuple[Rule, ...] = (
@@ -319,4 +320,5 @@ RULES: tuple[Rule, ...] = (
     _head_dim,
     _fp8,
     _place,
+    _cluster,
 )

@@ -3,6 +3,9 @@
 A value may come from four places, each winning over the one before: the dataclass default, the
 YAML file of the chosen option, `conf/demo/` when data=demo, and the command line.  Unknown keys
 are refused.
+
+Which options are chosen: the command line's, else for `parallel` and `precision` what the chosen
+cluster's file names for the model (`layouts`, `precisions`), else those of conf/config.yaml.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,8 +42,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     value of the wrong type, or a value that is missing.  Whether it can run is `conf.check`'s part.
     """
     overrides = list(overrides)
-    _check_overrides(overrides)
+    parsed = _check_overrides(overrides)
     try:
+        overrides = [*_cluster_choices(parsed), *overrides]
         with initialize_config_dir(config_dir=str(DIRECTORY), version_base="1.3"):
             composed = hydra_compose(config_name="config", overrides=overrides)
         return _typed(composed)
@@ -116,7 +121,65 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield from _keys(hints[field.name], f"{key}.")
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def _cluster_choices(parsed: Sequence[Override]) -> list[str]:
+    """Overrides for `parallel` and `precision` that the cluster's file means for the model."""
+    given: dict[str, Any] = {}
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        if key.split(".")[:2] in (["cluster", "layouts"], ["cluster", "precisions"]):
+            group = "parallel" if "layouts" in key else "precision"
+            raise ConfigError(
+                f"{override.input_line} would come too late to choose {group}; give {group}=OPTION"
+            )
+        if key in GROUPS and isinstance(value, str):
+            given[key] = value
+    defaults = _read_yaml(DIRECTORY / "config.yaml")["defaults"]
+    chosen = {k: v for entry in defaults if isinstance(entry, dict) for k, v in entry.items()}
+    chosen |= given
+    layouts, precisions = _layouts(chosen["cluster"])
+    meant = {
+        "parallel": layouts.get(chosen["model"], {}).get(chosen["stage"]),
+        "precision": precisions.get(chosen["model"]),
+    }
+    for group, option in meant.items():
+        if option is not None and option not in options(group):
+            raise ConfigError(
+                f"conf/cluster/{chosen['cluster']}.yaml names {group} {option!r} for "
+                f"{chosen['model']}, which is none of {', '.join(options(group))}"
+            )
+    return [f"{k}={v}" for k, v in meant.items() if v is not None and k not in given]
+
+
+def _layouts(cluster: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """`layouts` and `precisions` of a cluster's file, over those of the files in its `defaults`.
+
+    Read before Hydra composes, as they decide what it is asked to compose.
+    """
+    path = DIRECTORY / "cluster" / f"{cluster}.yaml"
+    values = _read_yaml(path)
+    layouts: dict[str, dict[str, str]] = {}
+    precisions: dict[str, str] = {}
+    if not isinstance(values, Mapping):
+        return layouts, precisions
+    for entry in [*(values.get("defaults") or ()), None]:
+        if entry is None:
+            ours = (values.get("layouts") or {}, values.get("precisions") or {})
+        elif isinstance(entry, str) and entry in options("cluster") and entry != cluster:
+            ours = _layouts(entry)
+        else:
+            continue
+        if not all(isinstance(part, Mapping) for part in (*ours, *ours[0].values())):
+            raise ConfigError(
+                f"{path}: layouts holds {{MODEL: {{STAGE: PARALLEL}}}} and precisions "
+                "{MODEL: PRECISION}"
+            )
+        for model, stages in ours[0].items():
+            layouts[model] = {**layouts.get(model, {}), **stages}
+        precisions |= ours[1]
+    return layouts, precisions
+
+
+def _check_overrides(overrides: Sequence[str]) -> list[Override]:
     """Refuse what Hydra would refuse at more length: unknown keys and unknown options."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -139,6 +202,7 @@ def _check_overrides(overrides: Sequence[str]) -> None:
                 )
         else:
             _check_key(key)
+    return parsed
 
 
 def _check_key(key: str) -> None:

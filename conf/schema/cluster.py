@@ -43,6 +43,7 @@ class SiteConfig:
     # GPUs that a job of one process asks for though it uses none, where a queue of GPU nodes wants
     # GPUs and cores in a fixed proportion.
     single_gpus: int = 0
+    single_qos: Optional[str] = None  # of such a job, where the run's QoS takes many nodes only
     local_scratch: Optional[str] = None  # node-local directory, as a shell word
     cost_unit: str = "GPU-hours"
     cost_per_gpu_hour: float = 1.0
@@ -93,48 +94,44 @@ class ClusterConfig:
     precisions: dict[str, str] = field(default_factory=dict)  # model -> precision
     site: SiteConfig = field(default_factory=SiteConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("account", "qos", "partition", "reservation"):
+            if not getattr(self, name):  # exported, but empty
+                setattr(self, name, None)
+
     @property
     def ranks_on_a_node(self) -> int:
         """Most ranks that one node holds."""
         return self.ranks_per_node or self.gpus_per_node or LOCAL_RANKS_WITHOUT_GPUS
 
     @property
-    def queue(self) -> Optional[QueueConfig]:
-        """The limits that hold for this run's jobs, where they are known."""
-        for name in (self.qos, self.partition):
-            if name is not None and name in self.site.queues:
-                return self.site.queues[name]
-        return None
+    def queue_name(self) -> Optional[str]:
+        """The QoS or partition whose limits hold for this run's jobs; None where none is listed."""
+        return self.listed(self.qos)
 
     @property
-    def cpus_per_rank(self) -> Optional[int]:
-        """A rank's even share of the node's cores; None where those are unknown."""
-        if self.cpus_per_node is None:
-            return None
-        return max(1, self.cpus_per_node // self.ranks_on_a_node)
+    def queue(self) -> Optional[QueueConfig]:
+        """The limits that hold for this run's jobs, where they are known."""
+        return None if self.queue_name is None else self.site.queues[self.queue_name]
+
+    def qos_of(self, nodes: int) -> Optional[str]:
+        """QoS of a job of `nodes` nodes: another one where the run's own is for larger jobs."""
+        queue = self.queue
+        too_few = queue is not None and nodes < queue.min_nodes
+        return self.site.single_qos if too_few and self.site.single_qos else self.qos
+
+    def queue_of(self, nodes: int) -> Optional[QueueConfig]:
+        """Limits that hold for a job of `nodes` nodes, where they are known."""
+        name = self.listed(self.qos_of(nodes))
+        return None if name is None else self.site.queues[name]
+
+    def listed(self, qos: Optional[str]) -> Optional[str]:
+        """The QoS, else the partition, if `site.queues` knows its limits."""
+        return next((n for n in (qos, self.partition) if n and n in self.site.queues), None)
 
     def nodes(self, ranks: int) -> int:
         """Nodes that `ranks` ranks take."""
         return -(-ranks // self.ranks_on_a_node)
-
-    def memory(self, exclusive: bool, cpus: Optional[int] = None, gpus: int = 0) -> Optional[str]:
-        """What `--mem` says of each node; None where it must not, or need not, be given.
-
-        A job that has the node to itself takes all of its memory ("0"), as Slurm would otherwise
-        give it the default of each core; one that shares the node takes its share.
-        """
-        if not self.site.memory_flag:
-            return None
-        if exclusive:
-            return "0"
-        if self.memory_gb is None:
-            return None
-        shares = [
-            asked / of
-            for asked, of in ((cpus, self.cpus_per_node), (gpus, self.gpus_per_node))
-            if asked and of
-        ]
-        return f"{max(1, int(self.memory_gb * min(1.0, max(shares))))}G" if shares else None
 
     def stage_hours(self, gpu_hours: float, ranks: int) -> float:
         """Walltime of a stage that takes `gpu_hours` of an H100, on `ranks` of these GPUs."""
