@@ -9,9 +9,8 @@ from pathlib import Path
 
 from conf.schema import Config
 from slurm.render import rank_command, shape, single_command
+from slurm.segment import AGAIN, NOTHING_TO_DO
 
-AGAIN = 75  # of `slurm.segment end`: start the ranks again in this job
-NOTHING_TO_DO = 3  # of `slurm.segment begin`
 # Ports below the range that Linux hands out by itself (32768 up), ten to a job.
 FIRST_PORT, PORT_BLOCKS, PORTS_OF_A_JOB = 15000, 1500, 10
 
@@ -31,7 +30,7 @@ def segment(config: Config, config_path: Path, stage_dir: Path, segment_dir: Pat
     first = f"{preflight}\n  code=$?" if cluster.preflight else "code=0  # no preflight"
     limit = int(cluster.hours * 3600)
     return f"""\
-{_master(config)}
+{master(config)}
 # The ranks save and stop {cluster.stop_minutes:g} minutes before the job's end. Counted by the
 # uptime of this node, which no change of its clock moves.
 uptime_seconds() {{ cut -d. -f1 /proc/uptime; }}
@@ -82,11 +81,17 @@ def verify(config: Config, stage_dir: Path) -> str:
 def export(config: Config, stage_dir: Path, out: Path) -> str:
     """The Hugging Face folder of the stage's weights, unless it is there."""
     there = shlex.quote(str(out))
-    command = single_command(config, ["tools.hf_export", f"stage={stage_dir}", f"out={out}"])
+    command = single_command(config, export_words(config, stage_dir, out))
     return f"if [ -e {there} ]; then echo {there} is there already; exit 0; fi\n{command}"
 
 
-def _master(config: Config) -> str:
+def export_words(config: Config, stage_dir: Path, out: Path) -> list[str]:
+    """Module and arguments of the export."""
+    places = [f"stage={stage_dir}", f"out={out}", f"tokenizer={config.data.tokenizer}"]
+    return ["tools.hf_export", *places]
+
+
+def master(config: Config) -> str:
     """Lines that find the address at which the ranks meet: this node's, which holds rank 0."""
     interface = config.cluster.site.master_interface
     lines = ["# Where the ranks meet: this node, as a number, for its name may mean loopback."]

@@ -19,7 +19,7 @@ from slurm.run_directory import RunDirectory
 
 VERIFY_HOURS = 0.25
 EXPORT_HOURS = 2.0
-HF = "hf"
+LAST_STAGE = 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,11 @@ def chain(
             jobs.append(verifier)
             before = (verifier.name,)
     last = list(configs)[-1]
-    if export and live.export is None and not (run.root / HF).exists():
+    if (
+        export
+        and live.export is None
+        and not export_directory(absolute(run), configs[last]).exists()
+    ):
         jobs.append(_export(run, last, configs[last], before))
     return jobs
 
@@ -72,6 +76,12 @@ def _queued_before(first: Config, live: LiveJobs) -> tuple[str, ...]:
     if first.init_from is None and before in live.verifiers:
         return (live.verifiers[before],)
     return ()
+
+
+def export_directory(root: Path, config: Config) -> Path:
+    """Where the Hugging Face folder of a stage goes."""
+    stage = config.stage
+    return root / "hf" if stage.number == LAST_STAGE else root / stage.name / "hf"
 
 
 def absolute(run: RunDirectory) -> Path:
@@ -173,7 +183,7 @@ def _export(run: RunDirectory, stage: str, config: Config, before: tuple[str, ..
         name=f"{config.run}.export.{number:03d}",
         kind="export",
         directory=root / "export" / f"{number:03d}",
-        body=bodies.export(config, root / stage, root / HF),
+        body=bodies.export(config, root / stage, export_directory(root, config)),
         hours=min(EXPORT_HOURS, cluster.hours),
         gpus_per_node=cluster.gpus_per_node if cluster.exclusive else gpus,
         cpus_per_rank=cluster.cpus_per_node if cluster.exclusive else cpus,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,14 +96,20 @@ def refuse_too_many(config: Config) -> None:
         )
 
 
-def run(config: Config, config_path: Path, segment: Path, program: Sequence[str] = ()) -> None:
+def run(
+    config: Config,
+    config_path: Path,
+    segment: Path,
+    program: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Run every rank to its end.
 
-    `program` stands in for the training command in tests.  Raises JobFailed, when the first rank
-    fails, after ending the others; or when this process is asked to end (SIGINT, SIGTERM), after
-    passing the signal on.
+    `program` stands in for the training command in tests; `environment` is added to that of every
+    rank.  Raises JobFailed, when the first rank fails, after ending the others; or when this
+    process is asked to end (SIGINT, SIGTERM), after passing the signal on.
     """
-    job = _Job(config, segment, list(program) or command(config_path))
+    job = _Job(config, segment, list(program) or command(config_path), dict(environment or {}))
     try:
         with _Signals(job.forward):
             job.start()
@@ -118,6 +124,7 @@ class _Job:
     config: Config
     segment: Path
     program: list[str]
+    environment: dict[str, str]
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     exits: "queue.Queue[tuple[int, int]]" = field(default_factory=queue.Queue)
     asked: int = 0  # signal by which this process was asked to end
@@ -145,7 +152,11 @@ class _Job:
         with self.log(rank).open("wb") as log:
             return subprocess.Popen(
                 self.program,
-                env={**os.environ, **rank_environment(self.config, rank, port)},
+                env={
+                    **os.environ,
+                    **rank_environment(self.config, rank, port),
+                    **self.environment,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if rank == 0 else log,
                 stderr=subprocess.STDOUT,

@@ -11,8 +11,8 @@ from slurm import run_directory
 from slurm.commands import QueuedJob
 from slurm.run_directory import RunDirectory
 from slurm.sbatch import snapshot_digest
+from slurm.verify import FAILED, STOP
 
-STOP, FAILED = "STOP", "FAILED.json"
 # Keys that jobs do not read, and those that Slurm was asked for.
 NOT_READ = ("cluster.confirm_gpu_hours", "cluster.exclude", "cluster.spare_segments")
 DETECTED = ("cluster.site", "cluster.gpu", "cluster.cpus_per_node", "cluster.memory_gb")

@@ -26,7 +26,7 @@ from conf import compose
 from conf.schema import Config
 from conf.schema.errors import ConfigError
 from conf.snapshot import CODE, LISTING, PLAN, code_digest, file_digests, listing, source_files
-from slurm.files import point, write_text
+from slurm.files import write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -111,16 +111,6 @@ class RunDirectory:
         code = self._snapshot_code()
         write_text(self.root / "env.txt", environment())
         write_text(path, json.dumps({**plan, "code": code}, indent=1) + "\n")
-
-    def new_segment(self, name: str) -> Path:
-        """Make the next segments/NNN and point current.log at its log."""
-        segments = self.stage(name) / "segments"
-        segments.mkdir(parents=True, exist_ok=True)
-        taken = [int(path.name) for path in segments.iterdir() if path.name.isdigit()]
-        segment = segments / f"{max(taken, default=0) + 1:03d}"
-        segment.mkdir()
-        point(self.stage(name) / "current.log", Path("segments") / segment.name / "log.out")
-        return segment
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,14 +1,22 @@
-"""The chain on this machine: the same jobs as on a cluster, one after the other, here."""
+"""The chain on this machine: the same jobs as on a cluster, one after the other, here.
 
+What a batch script does around srun is done around the ranks by the same functions, so the run
+directory tells the same story.
+"""
+
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 
 from conf.schema import Config
 from conf.schema.errors import ConfigError
-from slurm import local
+from conf.snapshot import CODE
+from slurm import bodies, local, segment
 from slurm import plan as plans
-from slurm.chain import LiveJobs, chain
-from slurm.job import Job
+from slurm.chain import LiveJobs, absolute, chain, export_directory
+from slurm.job import LOG, Job
 from slurm.refusals import missing, refuse_stopped, set_failures_aside
 from slurm.request import Request
 from slurm.run_directory import RunDirectory
@@ -32,26 +40,71 @@ def run(request: Request, run: RunDirectory, configs: Mapping[str, Config]) -> N
         if job.kind == "segment":
             _run_stage(run, job, configs[job.stage])
         elif job.kind == "verify":
-            pass
-    sys.stdout.flush()
+            reason = segment.verify(run.stage(job.stage))
+            if reason is not None:
+                raise local.JobFailed(f"{job.stage}: {reason}")
+        else:
+            _export(run, job, configs[job.stage])
 
 
 def _run_stage(run: RunDirectory, job: Job, config: Config) -> None:
-    stage, ranks = job.stage, config.parallel.world_size
+    stage, ranks, stage_dir = job.stage, config.parallel.world_size, run.stage(job.stage)
     again = "goes on" if run.has_begun(stage) else "begins"
-    segment = run.new_segment(stage)
-    print(f"{stage}: {again} on {ranks} process{'es' if ranks > 1 else ''}, log {segment}/log.out")
-    sys.stdout.flush()
+    directory = stage_dir / "segments" / job.directory.name
+    directory.mkdir(parents=True, exist_ok=True)
+    log = directory / LOG
+    print(f"{stage}: {again} on {ranks} process{'es' if ranks > 1 else ''}, log {log}")
+    attempt = {"ATTEMPT_ID": f"local-{os.getpid()}-{time.time_ns()}"}
+    if segment.begin(stage_dir, directory, attempt):
+        raise local.JobFailed(f"{stage} was not started, for the reason above")
+    failure = None
     try:
-        local.run(config, run.config_path(stage), segment)
+        environment = {**_environment(run), **_limit(config), **attempt}
+        local.run(config, run.config_path(stage), directory, environment=environment)
     except local.JobFailed as error:
-        raise local.JobFailed(f"{stage}: {error}", error.code) from error
+        failure = local.JobFailed(f"{stage}: {error}", error.code)
+    code = failure.code if failure is not None else 0
+    segment.end(stage_dir, directory, code, environment=attempt, restarts=0)
+    if failure is not None:
+        raise failure
     if not run.is_done(stage):
         raise local.JobFailed(
             f"{stage}: stopped before its last step; the same command goes on from the last "
-            f"checkpoint (log: {segment / 'log.out'})"
+            f"checkpoint (log: {log})"
         )
-    print(f"{stage}: done, {run.stage(stage)}")
+    print(f"{stage}: done, {stage_dir}")
+
+
+def _export(run: RunDirectory, job: Job, config: Config) -> None:
+    job.directory.mkdir(parents=True, exist_ok=True)
+    log, out = job.directory / LOG, export_directory(run.root, config)
+    print(f"export of {job.stage} to {out}, log {log}")
+    sys.stdout.flush()
+    words = bodies.export_words(config, run.stage(job.stage), out)
+    with log.open("wb") as file:
+        code = subprocess.run(
+            [sys.executable, "-m", *words],
+            env={**os.environ, **local.OFFLINE, **_environment(run)},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    if code:
+        raise local.JobFailed(f"export: {local.last_line(log)} (log: {log})")
+
+
+def _environment(run: RunDirectory) -> dict[str, str]:
+    """The run's own copy of the code, as in a batch job."""
+    return {"PYTHONPATH": str(absolute(run) / CODE), "PYTHONSAFEPATH": "1"}
+
+
+def _limit(config: Config) -> dict[str, str]:
+    """When the ranks shall save and stop, if `cluster.hours` sets a limit here."""
+    cluster = config.cluster
+    if cluster.hours == float("inf"):
+        return {}
+    return {"STOP_AFTER_SECONDS": str(int(cluster.hours * 3600 - cluster.stop_minutes * 60))}
 
 
 def show(run: RunDirectory, configs: Mapping[str, Config]) -> None:

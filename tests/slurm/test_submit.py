@@ -13,19 +13,22 @@ from slurm.submit import main
 
 # Does what a stage does to a run directory: fails when told to, else one checkpoint and the end.
 FAKE = """
-import json, pathlib, sys
+import hashlib, json, pathlib, sys
 config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1])
 stage = config.parent
 with open(stage.parent / "ran", "a") as ran:
     ran.write(stage.name + "\\n")
 checkpoint = stage / "checkpoints" / "step_0000001"
 checkpoint.mkdir(parents=True, exist_ok=True)
-(checkpoint / "MANIFEST.json").write_text("{}")
+manifest = checkpoint / "MANIFEST.json"
+manifest.write_text(json.dumps({"files": {}}))
 if (stage.parent / f"fail_{stage.name}").exists():
     sys.exit("error: the disk is full; free some space")
 if (stage.parent / f"stop_{stage.name}").exists():
     sys.exit(0)
-(stage / "DONE.json").write_text(json.dumps({"format": 1}))
+done = {"format": 1, "checkpoint": "checkpoints/step_0000001"}
+done["checkpoint_digest"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+(stage / "DONE.json").write_text(json.dumps(done))
 """
 
 
