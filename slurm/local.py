@@ -163,7 +163,7 @@ class _Job:
                 # A terminal's Ctrl-C reaches only this process, which passes it on; and what a
                 # rank starts can be ended with it.
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=die_with_parent(),
             )
 
     def forward(self, number: int) -> None:
@@ -283,7 +283,7 @@ def _free_port() -> int:
         return port
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """On Linux the kernel ends a rank whose launcher was killed without a chance to tell it."""
     if sys.platform != "linux":
         return None

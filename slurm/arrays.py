@@ -1,0 +1,312 @@
+"""Work that can be done in any order, as an array of batch jobs; without Slurm, here.
+
+    python -m slurm.arrays task=validate run=demo data=demo cluster=slurm [throttle=8] [KEY=VALUE]
+    python -m slurm.arrays continue WAVE_DIRECTORY      # what the last job of a wave runs
+
+task= is shards, validate, reference, evaluate or commands. What is done is not done again: the
+same command submits what is missing, and only that.
+
+    throttle=8     elements that run at once (on cluster=local items; 1 by default)
+    elements=N     jobs of the array; by default few rounds of `throttle`, within the site's limits
+    hours=H        walltime of an element
+    dry=true       write the script and print the plan, ask Slurm nothing
+    test_only=true write it and ask `sbatch --test-only`
+    yes=true       do not ask, however many GPU-hours
+    only=[a,b]     sources (shards, validate);  shards_per_item=8 (validate);  parts=8 (reference)
+    exports=[DIR,...] questions=[FILE,...] (evaluate);  file=FILE (commands)
+"""
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from conf.compose import compose, dump, load
+from conf.schema import Config
+from conf.schema.errors import ConfigError
+from conf.snapshot import code_digest
+from slurm import array_cost, array_local, array_waves, commands, run_directory, sbatch
+from slurm.array_items import FAILED, Item, TaskFolder, Wave, group, read_wave
+from slurm.array_request import Request, parse, refuse_bad
+from slurm.array_tasks import TASKS, Task, items_of
+from slurm.chain import absolute
+from slurm.commands import QueuedJob
+from slurm.exclude import read as excluded_nodes
+from slurm.files import write_text
+from slurm.job import RECORD, Job
+from slurm.limits import refuse_over_limits
+from slurm.local import JobFailed
+from slurm.render import rank_command
+from slurm.request import detect
+from slurm.run_directory import RunDirectory
+
+THROTTLE = 8
+CONFIG = "config.yaml"
+NAMED = 10  # items that a message lists
+ROOM_SECONDS, ROOM_TRIES = 30.0, 20  # a next wave waits for room in the queue
+
+
+def submit(arguments: Sequence[str]) -> None:
+    """Do what the command line asks. Raises ConfigError, OSError, or JobFailed."""
+    request = parse(arguments)
+    config = compose(request.overrides)
+    task = TASKS[request.task]
+    refuse_bad(config, task)
+    run = RunDirectory.of(config)
+    if config.cluster.executor == "local":
+        with run.locked():
+            _run_here(request, config, run)
+        return
+    if config.cluster.detect:
+        try:
+            config = replace(config, cluster=detect(config.cluster))
+        except ConfigError as error:
+            if not request.dry:
+                raise
+            print(f"note: {error}; the script is made from the settings alone", file=sys.stderr)
+    with run.locked():
+        rows = [] if request.dry else commands.squeue()
+        _submit_wave(request, config, run, rows)
+
+
+def go_on(directory: Path) -> None:
+    """Submit the rest after the wave in `directory`, from the snapshot, in a job of its own.
+
+    Raises ConfigError where nothing of the wave was started, or items have failed too often.
+    """
+    wave = read_wave(directory)
+    config, request = load(directory / CONFIG), parse(wave.arguments)
+    run, folder = RunDirectory.of(config), TaskFolder(directory.parent)
+    remedy = f"give the same command on a login node: {request.command}"
+    if not array_waves.moved(folder, wave):
+        raise ConfigError(
+            f"no item of wave {wave.number} was even started (logs: {directory}); when the cause "
+            f"is mended, {remedy}"
+        )
+    try:
+        for attempt in range(ROOM_TRIES):
+            try:
+                with run.locked():
+                    _submit_wave(request, config, run, commands.squeue(), wave)
+                return
+            except NoRoom:
+                if attempt == ROOM_TRIES - 1:
+                    raise
+                time.sleep(ROOM_SECONDS)
+    except ConfigError as error:
+        if isinstance(error, LeftOut):
+            raise
+        raise ConfigError(f"{error}. The rest was not submitted from here; {remedy}") from error
+
+
+class NoRoom(ConfigError):
+    """The site lets this user submit nothing more now."""
+
+
+class LeftOut(ConfigError):
+    """Everything else is done, and these items have failed too often."""
+
+
+def _submit_wave(
+    request: Request,
+    config: Config,
+    run: RunDirectory,
+    rows: Sequence[QueuedJob],
+    before: Wave | None = None,
+) -> None:
+    """Submit a wave of what is neither done nor queued; `before` is that which this one follows."""
+    task, root = TASKS[request.task], absolute(run)
+    folder = TaskFolder.of(root, request.task)
+    live = array_waves.of_run(run, rows)
+    queued = array_waves.queued(folder, config, live, os.environ.get("SLURM_JOB_ID", ""))
+    items = items_of(request.task, config, request.asked, root)
+    array_waves.refuse_other_settings(queued, items, folder.root)
+    missing = folder.missing(items)
+    left = [item for item in missing if item.name not in queued.items]
+    number = _number(folder)
+    out = array_waves.tried_too_often(folder, left, before.submission) if before else []
+    left = [item for item in left if item.name not in out]
+    state = f"{request.task}: {len(items)} items, {len(items) - len(missing)} done"
+    state += f", {len(queued.items)} queued" if queued.items else ""
+    if out:
+        state += f", {len(out)} left out after two failures: {_some(out)}"
+    if not left or queued.next_job:
+        print(state)
+        if queued.next_job:
+            print(f"job {queued.next_job} submits the rest when the queued elements have ended")
+        elif out:
+            raise LeftOut(
+                f"{len(out)} items failed twice: {_some(out)}; see {folder.root / FAILED}"
+            )
+        elif not missing:
+            print(f"nothing to do; the markers are in {folder.root / 'done'}")
+        return
+    wave, jobs = _plan(request, config, folder, left, number, len(rows), before)
+    wave = replace(wave, left_out=tuple(out))
+    print(f"{state}, {len(left)} to do")
+    for line in array_cost.lines(wave, jobs[0], folder, config):
+        print(line)
+    refuse_over_limits(jobs, config, sum(job.is_live for job in rows))
+    if before is None and not (request.dry or request.test_only):
+        array_cost.confirm(wave, jobs[0], folder, config, request.yes)
+    if before is None:
+        _take_snapshot(run, live, request.dry)
+    _write(config, task, wave, jobs[0].directory)
+    if request.dry or request.test_only:
+        _show(request, config, run, jobs)
+        return
+    for record in sbatch.submit(jobs, config, run, excluded_nodes(run.root)):
+        print(f"queued: {record.job_id} {record.name}")
+
+
+def _plan(
+    request: Request,
+    config: Config,
+    folder: TaskFolder,
+    left: Sequence[Item],
+    number: int,
+    rows: int,
+    before: Wave | None,
+) -> tuple[Wave, list[Job]]:
+    """The next wave and its jobs, within what the site lets one submit."""
+    task, site = TASKS[request.task], config.cluster.site
+    throttle = request.throttle or THROTTLE
+    nodes = config.cluster.nodes(config.parallel.world_size) if task.ranks else 1
+    room = array_waves.room(config, nodes, rows)
+    if before is not None:
+        size = before.per_element
+    else:
+        size = array_waves.items_per_element(
+            len(left), request.elements, throttle, room, site.max_array_size
+        )
+    elements = group(left, size)
+    share = array_waves.share(len(elements), room, site.max_array_size)
+    if not share.now:
+        raise NoRoom(
+            f"{rows} jobs of yours are queued, and {config.cluster.name} takes no more; wait until "
+            "some have ended"
+        )
+    hours = min(request.hours or task.hours, config.cluster.hours)
+    wave = Wave(
+        task=request.task,
+        number=number,
+        submission=before.submission if before else number,
+        arguments=request.arguments,
+        per_element=size,
+        hours=hours,
+        elements=tuple(elements[: share.now]),
+        waiting=len(elements) - share.now,
+    )
+    array = array_waves.array_job(config, task, wave, folder, throttle)
+    return wave, [array, *([array_waves.next_wave_job(config, wave, array)] * share.chained)]
+
+
+def _write(config: Config, task: Task, wave: Wave, directory: Path) -> None:
+    """items.json and config.yaml, before the job that reads them can start."""
+    if task.ranks:
+        elements = tuple(
+            tuple(replace(item, shell=rank_command(config, item.words)) for item in element)
+            for element in wave.elements
+        )
+        wave = replace(wave, elements=elements)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / CONFIG, dump(config))
+    wave.write(directory)
+
+
+def _show(request: Request, config: Config, run: RunDirectory, jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        sbatch.write_script(job, config, run, "", excluded_nodes(run.root))
+        answer = f": {commands.test_only(job.script)}" if request.test_only else ""
+        print(f"  {job.name}: {job.script}{answer}")
+    print(f"nothing is queued ({'dry' if request.dry else 'test_only'}=true)")
+
+
+def _run_here(request: Request, config: Config, run: RunDirectory) -> None:
+    """cluster=local: the items in order, `throttle` at a time."""
+    task, folder = TASKS[request.task], TaskFolder.of(absolute(run), request.task)
+    items = items_of(request.task, config, request.asked, absolute(run))
+    left = folder.missing(items)
+    print(f"{request.task}: {len(items)} items, {len(items) - len(left)} done, {len(left)} to do")
+    if request.dry:
+        for item in left:
+            print(f"  {item.name}: python -m {shlex.join(item.words)}")
+        print("nothing is started (dry=true)")
+        return
+    if not left:
+        return
+    throttle = request.throttle or 1
+    size = array_waves.items_per_element(len(left), request.elements or throttle, 1, None, None)
+    number = folder.next_number()
+    wave = Wave(
+        task=request.task,
+        number=number,
+        submission=number,
+        arguments=request.arguments,
+        per_element=size,
+        hours=float("inf"),
+        elements=tuple(group(left, size)),
+    )
+    directory = folder.wave(number)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / CONFIG, dump(config))
+    wave.write(directory)
+    array_local.run(config, folder, wave, throttle, ranks=task.ranks)
+
+
+def _take_snapshot(run: RunDirectory, live: Sequence[QueuedJob], dry: bool) -> None:
+    """The jobs run the code of now; ConfigError when that is not what queued ones began with."""
+    try:
+        same = sbatch.snapshot_digest(run) == code_digest(run_directory.REPOSITORY)
+    except ConfigError:
+        same = False
+    if same or (dry and (run.root / "plan.json").exists()):
+        return
+    if live:
+        raise ConfigError(
+            f"{len(live)} jobs of {run.root} are queued or running with other code than is here "
+            "now; wait for them, cancel them (`make cancel`), or choose another run=NAME"
+        )
+    run.record_code()
+
+
+def _number(folder: TaskFolder) -> int:
+    """The next wave's number; one that was written but never submitted is taken again."""
+    number = folder.next_number() - 1
+    directory = folder.wave(number)
+    unused = directory.is_dir() and not (directory / RECORD).exists()
+    return number if unused and not any(directory.glob("log*.out")) else number + 1
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if given else 2
+    try:
+        if given[0] == "continue" and len(given) == 2:
+            go_on(Path(given[1]))
+        else:
+            submit(given)
+    except JobFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
