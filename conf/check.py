@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from conf.check_cluster import cluster_reasons
+from conf.check_cluster import cluster_reasons, unnamed
 from conf.schema import Config
 from conf.schema.errors import ConfigError
 from models.anyres import AnyresGeometry
@@ -36,14 +36,18 @@ class Hardware:
 Rule = Callable[[Config, Hardware | None], Iterator[str]]
 
 
-def check(config: Config, hardware: Hardware | None = None) -> None:
+def check(config: Config, hardware: Hardware | None = None, dry: bool = False) -> None:
     """Raise ConfigError listing every reason why `config` cannot run and what to change.
 
-    `hardware` is None where the job will run elsewhere; `config.cluster` then answers for it.
+    `hardware` is None where the job will run elsewhere; `config.cluster` then answers for it. With
+    `dry` the job is only to be looked at: the site's account and QoS may be missing.
     """
     # Without these the other rules would divide by zero.
     reasons = list(_positive(config))
-    if not reasons:
+    divisible = not reasons
+    if hardware is None and not dry:
+        reasons.extend(unnamed(config))
+    if divisible:
         parts = (
             config.model,
             config.parallel,

@@ -20,7 +20,7 @@ MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
 
 
 def cluster_reasons(config: Config) -> Iterator[str]:
-    """What is wrong and what to change, one reason at a time."""
+    """What is wrong and what to change, one reason at a time; `unnamed` tells the rest."""
     cluster = config.cluster
     yield from _ranks(config)
     if cluster.executor != "slurm":
@@ -38,6 +38,28 @@ def cluster_reasons(config: Config) -> Iterator[str]:
         nodes = cluster.nodes(config.parallel.world_size)
         # Verifiers are one node each and need no look here.
         yield from over_queue(cluster, nodes, cluster.hours, cluster.qos, "parallel.world_size")
+
+
+def unnamed(config: Config) -> Iterator[str]:
+    """The account and the QoS, where the site demands them and nobody has given them.
+
+    Apart, as they are never in the repository: scripts can be looked at without them.
+    """
+    cluster = config.cluster
+    site = cluster.site
+    if cluster.executor != "slurm":
+        return
+    if site.account_required and not cluster.account:
+        yield (
+            f"{cluster.name} takes no job without an account: `export SLURM_ACCOUNT=PROJECT`, or "
+            "give cluster.account=PROJECT"
+        )
+    if site.qos_required and not cluster.qos:
+        known = f" (such as {', '.join(site.queues)})" if site.queues else ""
+        yield (
+            f"{cluster.name} takes no job without a QoS: `export SLURM_QOS=QOS`, or give "
+            f"cluster.qos=QOS{known}"
+        )
 
 
 def over_queue(
@@ -89,18 +111,6 @@ def _nodes(nodes: int) -> str:
 
 
 def _names(cluster: ClusterConfig) -> Iterator[str]:
-    site = cluster.site
-    if site.account_required and not cluster.account:
-        yield (
-            f"{cluster.name} takes no job without an account: `export SLURM_ACCOUNT=PROJECT`, or "
-            "give cluster.account=PROJECT"
-        )
-    if site.qos_required and not cluster.qos:
-        known = f" (such as {', '.join(site.queues)})" if site.queues else ""
-        yield (
-            f"{cluster.name} takes no job without a QoS: `export SLURM_QOS=QOS`, or give "
-            f"cluster.qos=QOS{known}"
-        )
     for key in ("account", "qos", "partition", "reservation"):
         value = getattr(cluster, key)
         if value and not NAME.fullmatch(value):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from conf.check import check
+from conf.check_cluster import unnamed
 from conf.compose import compose, options
 from conf.schema import ClusterConfig, Config
 from conf.schema.errors import ConfigError
@@ -73,7 +74,7 @@ def prepare(request: Request) -> tuple[dict[str, Config], list[str]]:
     reasons: dict[str, list[str]] = {}
     for stage, config in configs.items():
         try:
-            check(config)
+            check(config, dry=request.dry)
             if config.cluster.executor == "local":
                 local.refuse_too_many(config)
         except ConfigError as error:
@@ -87,6 +88,10 @@ def prepare(request: Request) -> tuple[dict[str, Config], list[str]]:
     if reasons:
         raise ConfigError(
             "; ".join(f"{', '.join(stages)}: {reason}" for reason, stages in reasons.items())
+        )
+    if request.dry:
+        remarks += dict.fromkeys(
+            reason for config in configs.values() for reason in unnamed(config)
         )
     return configs, remarks
 
