@@ -4,14 +4,23 @@ Shards become packed batches, batches train the model, the stage ends in a check
 DONE.json from which the next stage begins.
 """
 
-import argparse
-import sys
-from pathlib import Path
+import time
 
-from conf.check import check
-from conf.compose import load
-from conf.schema import Config
-from pipeline.handoff import DONE, read_done
+STARTED = time.monotonic()  # before anything slow: STOP_AFTER_SECONDS counts from here
+
+import argparse  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from pipeline import early_signals  # noqa: E402
+
+if __name__ == "__main__":  # the checkpoint writer spawns a process that imports this module
+    early_signals.arm()
+
+from conf.check import check  # noqa: E402
+from conf.compose import load  # noqa: E402
+from conf.schema import Config  # noqa: E402
+from pipeline.handoff import DONE, read_done  # noqa: E402
 
 
 def run(config: Config) -> int:
@@ -38,7 +47,7 @@ def run(config: Config) -> int:
         trainer.check_predecessor()
         objective = build_objective(trainer)  # for DPO, the reference pass comes first
         trainer.begin()
-        return trainer.fit(objective, standard_callbacks(trainer))
+        return trainer.fit(objective, standard_callbacks(trainer, STARTED))
 
 
 def main() -> None:
@@ -55,5 +64,5 @@ def main() -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":  # the checkpoint writer spawns a process that imports this module
+if __name__ == "__main__":
     main()

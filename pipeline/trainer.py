@@ -82,6 +82,7 @@ class Trainer:
         self._predecessor_done: Done | None = None
         self._last_result: StepResult | None = None
         self._holds_predecessor = False
+        self._callbacks: list[Callback] = []
 
     def _default_source(self) -> Path:
         number = self.config.stage.number
@@ -157,6 +158,7 @@ class Trainer:
 
     def fit(self, objective: Objective, callbacks: list[Callback]) -> int:
         """Run the remaining steps. Returns 0 when the stage is done, else 128 + SIGTERM."""
+        self._callbacks = callbacks
         for callback in callbacks:
             callback.on_start(self)
         self.model.train()
@@ -208,7 +210,13 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint the current step."""
+        for callback in self._callbacks:
+            callback.on_save(self)
+        started = time.perf_counter()
         checkpoint.save(self.state, self.stage_dir, self.config.stage.checkpoint.keep)
+        seconds = time.perf_counter() - started
+        for callback in self._callbacks:
+            callback.on_saved(self, seconds)
 
     def _finish(self) -> None:
         if not self.ranks.reports:

@@ -6,25 +6,32 @@ from typing import TYPE_CHECKING
 
 from pipeline.callbacks.base import Callback
 from pipeline.callbacks.checkpointing import Checkpointing
+from pipeline.callbacks.fence import Fence
 from pipeline.callbacks.metrics import MetricsFile
 from pipeline.callbacks.progress import Progress
 from pipeline.callbacks.reference_check import ReferenceCheck
 from pipeline.callbacks.stop_signals import StopSignals
 from pipeline.callbacks.tensorboard import TensorBoard
 from pipeline.callbacks.triggers import TriggerFiles
+from pipeline.callbacks.walltime import Walltime, stop_after
 
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
 
 
-def standard_callbacks(trainer: Trainer) -> list[Callback]:
-    """What every training job does beside training."""
+def standard_callbacks(trainer: Trainer, started: float) -> list[Callback]:
+    """What every training job does beside training.
+
+    `started` is when the process did, on the monotonic clock.
+    """
     directory, stage = trainer.stage_dir, trainer.config.stage
     checks: list[Callback] = [ReferenceCheck()] if stage.objective == "dpo" else []
     return [
         *checks,
+        Fence(directory),
         StopSignals(),
         TriggerFiles(directory),
+        Walltime(stop_after(), started),
         MetricsFile(directory / "metrics.jsonl"),
         TensorBoard(directory / "tensorboard"),
         Progress(stage.log_every),

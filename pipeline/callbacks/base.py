@@ -43,5 +43,11 @@ class Callback:
     def on_step(self, trainer: Trainer, event: StepEvent) -> None:
         """After each optimizer step."""
 
+    def on_save(self, trainer: Trainer) -> None:
+        """Before a checkpoint is written."""
+
+    def on_saved(self, trainer: Trainer, seconds: float) -> None:
+        """After a checkpoint was written, which took `seconds`."""
+
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of this process, whether the stage is done or was stopped."""

@@ -44,6 +44,7 @@ class MetricsFile(Callback):
             return
         record = {
             "step": event.step,
+            "of": trainer.total_steps,
             **event.result.values,
             "terms": event.result.terms,
             "grad_norm": event.result.grad_norm,

@@ -9,12 +9,11 @@ import signal
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from pipeline import early_signals
 from pipeline.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignals(Callback):
@@ -26,5 +25,6 @@ class StopSignals(Callback):
                 raise KeyboardInterrupt
             trainer.request_stop(signal.Signals(number).name)
 
-        for number in _SIGNALS:
+        for number in early_signals.SIGNALS:
             signal.signal(number, handle)
+        early_signals.disarm()
