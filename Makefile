@@ -2,12 +2,16 @@
 #   make stage2 RUN=mine MODEL=tiny DATA=demo ARGS="stage.steps=100 parallel=tp2"
 
 CLUSTER ?= local
-RUN ?= demo
-MODEL ?= tiny
-DATA ?= demo
+# A laptop and any Slurm get the demo, a site with a profile of its own the real model.
+SMALL = $(filter local slurm,$(CLUSTER))
+RUN ?= $(if $(SMALL),demo,amalia)
+MODEL ?= $(if $(SMALL),tiny,amalia_vl_9b)
+DATA ?= $(if $(SMALL),demo,amalia)
 STAGE ?= stage3
 OUT ?= $(if $(filter stage3,$(STAGE)),runs/$(RUN)/hf,runs/$(RUN)/$(STAGE)/hf)
 DRY ?=
+TEST_ONLY ?=
+YES ?=
 ARGS ?=
 VENV ?= .venv
 WORKERS ?= 2
@@ -27,7 +31,7 @@ READY = $(if $(PREPARED),,$(VENV)/.installed)
 VENV_REMOTE ?= .venv-remote
 REMOTE_READY = $(VENV_REMOTE)/.installed
 SUBMIT = $(PY) -m slurm.submit run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
-	$(if $(DRY),dry=$(DRY))
+	$(if $(DRY),dry=$(DRY)) $(if $(TEST_ONLY),test_only=$(TEST_ONLY)) $(if $(YES),yes=$(YES))
 # Verbs that have no plan of their own to print only show their command with DRY=1.
 SHOW = $(if $(DRY),@echo would run:)
 
@@ -40,6 +44,8 @@ help: ## this list
 		| awk -F '\t' '{ printf "  %-20s %s\n", $$1, $$2 }'
 	@echo
 	@echo 'Variables (now): CLUSTER=$(CLUSTER) RUN=$(RUN) MODEL=$(MODEL) DATA=$(DATA) STAGE=$(STAGE)'
+	@echo '  CLUSTER=mn5 (or another of conf/cluster) queues jobs instead of running them here;'
+	@echo '  TEST_ONLY=1 asks Slurm when they would start, YES=1 does not ask about GPU-hours'
 	@echo '  DRY=1 prints what would run; ARGS="key=value ..." overrides any setting of conf/'
 
 setup: $(READY) ## make .venv and install everything (every verb does it by itself)
@@ -90,8 +96,8 @@ shards: $(READY) ## sources of DATA to tar shards and manifests
 stage1 stage2 stage3: $(READY) ## one stage of RUN; the same command resumes
 	$(SUBMIT) 'stages=[$@]' $(ARGS)
 
-pipeline: $(READY) ## the three stages, each once
-	$(SUBMIT) 'stages=[stage1,stage2,stage3]' $(ARGS)
+pipeline: $(READY) ## the three stages, each once, and the Hugging Face folder
+	$(SUBMIT) 'stages=[stage1,stage2,stage3]' export=true $(ARGS)
 
 status: $(READY) ## stages, jobs, steps and GPU-hours of RUN; one call of squeue, kept for a minute
 	$(PY) -m slurm.status run=$(RUN) $(ARGS)
