@@ -94,9 +94,15 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
                 "lasts; give CLUSTER=slurm or the name of the cluster"
             )
         words = (*_account(given), *words)
-    directory = options.get("dir") or DIRECTORY
     host = Host.parse(options["host"], options.get("port", ""), options.get("identity", ""))
-    return Request(host, directory, options.get("python", ""), value, words)
+    directory = _there(options.get("dir") or DIRECTORY, given)
+    return Request(host, directory, _there(options.get("python", ""), given), value, words)
+
+
+def _there(path: str, environment: Mapping[str, str]) -> str:
+    """A path below this home as one below the home there: the shell here has expanded its `~`."""
+    home = environment.get("HOME", "").rstrip("/")
+    return f"~{path.removeprefix(home)}" if home and f"{path}/".startswith(f"{home}/") else path
 
 
 def _account(environment: Mapping[str, str]) -> list[str]:

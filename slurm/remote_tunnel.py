@@ -5,6 +5,7 @@ process where it cannot log in.  Here a host must be in known_hosts, jump hosts 
 failure is one line.  nemo-run is imported when a connection is made, no sooner.
 """
 
+import getpass
 import logging
 import re
 import shlex
@@ -144,7 +145,18 @@ def _tunnel(host: Host) -> Any:
                 ">> ~/.ssh/known_hosts`"
             )
 
+    class AskingTransport(paramiko.Transport):  # type: ignore[misc]
+        def auth_interactive_dumb(
+            self, username: str, handler: Any = None, submethods: str = ""
+        ) -> Any:
+            """The site's questions, also those after an accepted key; paramiko's own way echoes."""
+            if not sys.stdin.isatty():
+                raise paramiko.AuthenticationException("it asks questions, and nobody is here")
+            return super().auth_interactive_dumb(username, _answer, submethods)
+
     class StrictTunnel(SSHTunnel):  # type: ignore[misc]
+        session: Any
+
         def connect(self) -> None:
             if self.session is not None and self.session.is_connected:
                 return
@@ -155,7 +167,11 @@ def _tunnel(host: Host) -> Any:
                 user=self.user or None,
                 port=self.port,
                 connect_timeout=CONNECT_SECONDS,
-                connect_kwargs={**keys, "auth_timeout": LOGIN_SECONDS},
+                connect_kwargs={
+                    **keys,
+                    "auth_timeout": LOGIN_SECONDS,
+                    "transport_factory": AskingTransport,
+                },
                 forward_agent=False,
                 config=fabric.Config(overrides={"run": {"in_stream": False}}),
             )
@@ -196,7 +212,7 @@ def _tunnel(host: Host) -> Any:
                 raise refusal from error
             try:
                 try:
-                    transport.auth_interactive_dumb(self.session.user, self.auth_handler)
+                    transport.auth_interactive_dumb(self.session.user)
                 except paramiko.BadAuthenticationType:
                     transport.auth_password(self.session.user, self.fallback_auth_handler())
             except (paramiko.SSHException, EOFError) as second:
@@ -206,6 +222,13 @@ def _tunnel(host: Host) -> Any:
     return StrictTunnel(
         host=host.name, user=host.user or "", port=host.port, identity=host.identity, job_dir=""
     )
+
+
+def _answer(title: str, instructions: str, questions: list[tuple[str, bool]]) -> list[str]:
+    for text in (title, instructions):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+    return [input(text) if echo else getpass.getpass(text) for text, echo in questions]
 
 
 def _known_hosts(ssh_config: Any) -> list[Path]:

@@ -27,6 +27,7 @@ from conf.schema import Config
 from conf.schema.errors import ConfigError
 from conf.snapshot import CODE, LISTING, PLAN, code_digest, file_digests, listing, source_files
 from slurm.files import write_text
+from slurm.remote_host import RECORD as SENT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -169,6 +170,8 @@ def environment() -> str:
 
 
 def _commit() -> str:
+    if (sent := REPOSITORY / SENT).exists():  # and no clone; git would look in the folders above
+        return str(json.loads(sent.read_text(encoding="utf-8"))["commit"])
     git = ["git", "-C", str(REPOSITORY)]
     try:
         commit = subprocess.run(

@@ -120,6 +120,16 @@ def test_the_account_of_the_laptop_goes_along_only_if_it_has_one() -> None:
         remote.parse(["host=a@b", *SUBMIT], {"SLURM_ACCOUNT": "x' stage=stage2"})
 
 
+def test_the_home_that_a_shell_put_in_place_of_its_tilde_is_the_one_there() -> None:
+    at_home = {"HOME": "/home/ana"}
+
+    def directory(path: str) -> str:
+        return remote.parse(["host=a@b", f"dir={path}", "verb=status"], at_home).directory
+
+    assert directory("/home/ana/x y") == "~/x y" and directory("/home/ana") == "~"
+    assert directory("/home/anabela/x") == "/home/anabela/x" and directory("") == "~/amalia-vl"
+
+
 def test_hostile_words_arrive_as_they_are(tmp_path: Path) -> None:
     program = tmp_path / "py thon"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "$(cat <<\'.\'\n{_ECHO}\n.\n)" "$@"\n')

@@ -1,25 +1,47 @@
 """The same over a real SSH connection, to an sshd on loopback."""
 
+import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from conf.compose import compose
 from conf.snapshot import source_files
 from tests.slurm.loopback_sshd import REPOSITORY, LoopbackSshd, lacking
+from tests.slurm.throwaway import ThrowAwaySlurm
 
 DRY = ["verb=submit", "cluster=slurm", "stages=[stage1]", "dry=1", "run=test"]
 
 
+# In place of the ranks' program: one step, one checkpoint and the end; waits where it is told to.
+TRAIN = """
+import hashlib, json, os, pathlib, sys, time
+stage = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).parent
+sys.stdout.write(f"step 1 of {stage.parent.name} {os.environ['PYTHONPATH']}\\n")
+while (stage.parent / "wait").exists():
+    time.sleep(0.2)
+checkpoint = stage / "checkpoints" / "step_00000001"
+checkpoint.mkdir(parents=True, exist_ok=True)
+manifest = checkpoint / "MANIFEST.json"
+manifest.write_text(json.dumps({"files": {}}))
+(stage / "DONE.json").write_text(json.dumps({
+    "format": 1, "checkpoint": "checkpoints/step_00000001",
+    "checkpoint_digest": hashlib.sha256(manifest.read_bytes()).hexdigest()}))
+"""
+
+
 def committed(target: Path) -> Path:
-    """A clean clone of what is being tested, committed or not."""
+    """A clean clone of what is being tested, committed or not; but its ranks do nothing."""
     for path in source_files(REPOSITORY):
         copy = target / path.relative_to(REPOSITORY)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+    (target / "pipeline" / "train.py").write_text(TRAIN)
     for words in (
         ["init", "-q"],
         ["add", "-A"],
@@ -96,3 +118,61 @@ def test_who_cannot_connect_is_told_why(sshd: LoopbackSshd, clone: Path) -> None
         done = sshd.remote("verb=status", options=options, env=env, repository=clone)
         assert done.returncode == 1 and said in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
+
+
+# --- with a Slurm behind it ------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(slurm: ThrowAwaySlurm, clone: Path) -> Iterator[LoopbackSshd]:
+    """A login node: its Slurm, the shards and the imported weights are there."""
+    with LoopbackSshd({"SLURM_CONF": slurm.env["SLURM_CONF"]}) as sshd:
+        for name in compose([]).data.sources:
+            (sshd.directory / "shards" / name).mkdir(parents=True)
+        (sshd.directory / "tokenizer").mkdir()
+        for run in ("one", "two"):
+            (sshd.directory / "runs" / run / "import").mkdir(parents=True)
+            (sshd.directory / "runs" / run / "import" / "DONE.json").write_text("{}")
+        yield sshd
+
+
+PIPELINE = [
+    *("verb=submit", "cluster=slurm", "stages=[stage1,stage2,stage3]", "cluster.preflight=false"),
+    *("data.root=shards", "data.tokenizer=tokenizer", "yes=true"),
+]
+
+
+def until(what: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if what():
+            return True
+        time.sleep(0.2)
+    return what()
+
+
+@pytest.mark.slurm
+def test_three_stages_from_a_laptop(
+    cluster: LoopbackSshd, clone: Path, slurm: ThrowAwaySlurm
+) -> None:
+    begun = time.monotonic()
+    submitted = cluster.remote(*PIPELINE, "run=one", repository=clone)
+    assert submitted.returncode == 0, submitted.stderr
+    print(f"{time.monotonic() - begun:.1f} s to: {submitted.stdout}")
+    run = cluster.directory / "runs" / "one"
+    assert until(lambda: (run / "stage3" / "DONE.json").exists(), 90), _logs(run)
+    # The jobs ran the run's snapshot of the code that was sent.
+    log = (run / "stage3" / "current.log").read_text()
+    assert f"step 1 of one {run}/code" in log
+    record = json.loads(next(run.glob("stage1/segments/*/job.json")).read_text())
+    assert record["job_id"] in submitted.stdout
+    assert "commit " + _head(clone) in (run / "env.txt").read_text()
+
+
+def _logs(run: Path) -> str:
+    return "\n".join(f"{path}:\n{path.read_text()}" for path in run.rglob("log.out"))
+
+
+def _head(repository: Path) -> str:
+    words = ["git", "-C", str(repository), "rev-parse", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
