@@ -23,7 +23,7 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         "Slurm's controller does not answer; wait a minute and give the same command",
     ),
     (
-        r"Unable to process configuration file|cannot stat file|ClusterName needs",
+        r"Unable to process configuration file|cannot stat file|configuration source",
         "configuration",
         "this machine has Slurm's programs but no cluster; use a login node, or set SLURM_CONF",
     ),
