@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.schema import Config
+from conf.schema.errors import ConfigError
 from slurm import bodies
 from slurm.estimate import estimate
 from slurm.job import SCRIPT, Job
@@ -20,6 +21,7 @@ from slurm.run_directory import RunDirectory
 VERIFY_HOURS = 0.25
 EXPORT_HOURS = 2.0
 LAST_STAGE = 3
+MOST_SEGMENTS = 100  # an estimate beyond it is not meant for this model or machine
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,15 @@ def planned_segments(config: Config, stage_dir: Path) -> tuple[int, int]:
     """Segments that a stage is expected to need, and spare ones."""
     if config.cluster.executor == "local":
         return 1, 0
-    return estimate(config, stage_dir).segments, config.cluster.spare_segments
+    expected = estimate(config, stage_dir)
+    if expected.segments > MOST_SEGMENTS:
+        raise ConfigError(
+            f"{config.stage.name} would take {expected.segments} segments of "
+            f"{config.cluster.hours:g} h ({expected.hours:,.0f} h {expected.source}), more than "
+            f"{MOST_SEGMENTS}: use more ranks or a longer cluster.hours, or set stage.gpu_hours "
+            "to what this model takes (null: not known)"
+        )
+    return expected.segments, config.cluster.spare_segments
 
 
 def next_number(folder: Path) -> int:

@@ -1,15 +1,18 @@
 """What will happen and what it costs: plan.json, the table of a submission, the confirmation."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from conf.schema import Config
 from conf.schema.errors import ConfigError
+from conf.snapshot import PLAN
 from slurm import local
 from slurm.chain import planned_segments
-from slurm.estimate import estimate
+from slurm.estimate import Estimate, estimate
 from slurm.job import Job
 from slurm.render import shape
 from slurm.run_directory import RunDirectory
@@ -46,16 +49,29 @@ def plan(
 
 
 def as_json(run: RunDirectory, stages: Sequence[StagePlan]) -> dict[str, Any]:
-    """The plan.json of the run, but for the digest of its code."""
-    return {"format": 1, "run": run.root.name, "stages": [asdict(stage) for stage in stages]}
+    """The plan.json of the run, but for the digest of its code.
+
+    Stages that this submission does not name stay as they were planned.
+    """
+    values = {stage["name"]: stage for stage in _planned_before(run)}
+    values |= {stage.name: asdict(stage) for stage in stages}
+    return {"format": 1, "run": run.root.name, "stages": [values[name] for name in sorted(values)]}
+
+
+def _planned_before(run: RunDirectory) -> list[dict[str, Any]]:
+    try:
+        stages = json.loads((run.root / PLAN).read_text(encoding="utf-8"))["stages"]
+        return [dict(stage) for stage in stages if "name" in stage]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # none yet, or made anew now
 
 
 def _stage(run: RunDirectory, stage: str, config: Config, queued: bool) -> StagePlan:
     cluster = config.cluster
     done, begun = run.is_done(stage), run.has_begun(stage)
     nodes, ranks_per_node, _ = shape(config)
-    expected = estimate(config, run.stage(stage))
-    segments, spare = planned_segments(config, run.stage(stage))
+    expected = Estimate(0.0, 0) if done else estimate(config, run.stage(stage))
+    segments, spare = (0, 0) if done else planned_segments(config, run.stage(stage))
     limited = cluster.hours != float("inf")
     gpus = _billed(config)
     return StagePlan(
@@ -135,24 +151,42 @@ def confirm(stages: Sequence[StagePlan], config: Config, yes: bool) -> None:
     )
     if not sys.stdin.isatty():
         raise ConfigError(f"{what}; confirm it with YES=1 (yes=true)")
-    if input(f"{what}. Queue it? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = input(f"{what}. Queue it? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise ConfigError("not confirmed; nothing was submitted")
 
 
-def job_line(job: Job, ids: Mapping[str, str] | None = None) -> str:
-    """One line: name, id once it has one, shape, what it waits for."""
+def job_lines(jobs: Sequence[Job], ids: Mapping[str, str] | None = None) -> list[str]:
+    """What is queued, a line for each job, one for all segments of a stage."""
+    lines = []
+    for _, group in groupby(jobs, key=lambda job: (job.stage, job.kind)):
+        these = list(group)
+        first, last = these[0], these[-1]
+        name = first.name if len(these) == 1 else f"{first.name} to {last.number:03d}"
+        number = ""
+        if ids is not None:
+            number = f" {ids[first.name]}" + (f" to {ids[last.name]}" if len(these) > 1 else "")
+        nodes = f"{first.nodes} node{'s' if first.nodes > 1 else ''}"
+        follow = ", one after the other" if len(these) > 1 else ""
+        lines.append(f"  {name}{number}: {nodes}, {first.hours:g} h{follow}{_waits(first)}")
+    return lines
+
+
+def _waits(job: Job) -> str:
     waits = [f"{name} succeeds" for name in job.after_ok]
-    waits += [f"{name} ends" for name in job.after_any]
-    number = f" {ids[job.name]}" if ids and job.name in ids else ""
-    nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
-    when = f", when {' and '.join(waits)}" if waits else ""
-    return f"  {job.name}{number}: {nodes}, {job.hours:g} h{when}"
+    ends = job.after_any
+    if ends:
+        waits.append(f"{ends[0]} ends" if len(ends) == 1 else f"all {len(ends)} segments end")
+    return f", when {' and '.join(waits)}" if waits else ""
 
 
 def _row(stage: StagePlan) -> tuple[str, ...]:
     if stage.state == "done":
         return (stage.name, stage.state, "", "", "", "", "")
-    expected = "unknown" if stage.expected_hours is None else f"{stage.expected_hours:.1f} h"
+    expected = "unknown" if stage.expected_hours is None else _duration(stage.expected_hours)
     if stage.estimate == "measured":
         expected += " (measured)"
     most = "" if stage.gpu_hours_at_most is None else f"<= {stage.gpu_hours_at_most:,.1f}"
@@ -162,10 +196,14 @@ def _row(stage: StagePlan) -> tuple[str, ...]:
         stage.state,
         f"{stage.nodes} x {stage.ranks_per_node}",
         expected,
-        "none" if stage.hours is None else f"{stage.hours:g} h",
+        "none" if stage.hours is None else _duration(stage.hours),
         f"{stage.segments} + {stage.spare_segments} spare",
         f"{gpu_hours} ({most})" if most else gpu_hours,
     )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 2 else f"{max(1, round(hours * 60))} min"
 
 
 def _unit(config: Config) -> str:

@@ -7,31 +7,57 @@ submission that was killed leaves no unknown job behind.
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from slurm import commands
+from slurm.answers import QueuedJob
 from slurm.chain import LiveJobs, absolute
-from slurm.commands import QueuedJob
 from slurm.job import FOLDERS, RECORD, records
 from slurm.render import comment
 from slurm.run_directory import RunDirectory
 
+SUBMITTING = ".submitting"  # in the run directory for as long as jobs are being submitted
 _NAME = re.compile(r"\.(?:(?P<stage>stage\d+)\.(?P<verify>verify\.)?|(?P<export>export)\.)\d+$")
 
 
-def live(run: RunDirectory) -> dict[str, QueuedJob]:
-    """The run's jobs that wait, run, or will run again, by job id (an array once).
+@dataclass(frozen=True)
+class Queue:
+    """What one look at the queue tells of a run."""
+
+    jobs: Mapping[str, QueuedJob]  # the run's live jobs by id, an array once
+    of_user: int  # live jobs of this user, whatever run; elements count
+
+
+def ask(run: RunDirectory) -> Queue:
+    """The run's jobs that wait, run, or will run again.
 
     Raises SlurmError where squeue fails, ConfigError where a record is damaged.
     """
     mine = comment(absolute(run))
     known = {record.job_id: record.name for record in records(run.root)}
+    jobs = [job for job in commands.squeue() if job.is_live]
+    of_user = len(jobs)
+    for uid in _colleagues(run.root):
+        jobs += [job for job in commands.squeue(user=str(uid)) if job.is_live]
     found: dict[str, QueuedJob] = {}
-    for job in _queued(run):
+    for job in jobs:
         # An id alone is not enough: a Slurm that was set up anew counts from the start.
-        if job.is_live and (job.comment == mine or known.get(job.job_id) == job.name):
+        if job.comment == mine or known.get(job.job_id) == job.name:
             found.setdefault(job.job_id, job)
-    return found
+    return Queue(found, of_user)
+
+
+def live(run: RunDirectory) -> dict[str, QueuedJob]:
+    """`ask(run).jobs`."""
+    return dict(ask(run).jobs)
+
+
+def held_by_a_cut_submission(run: RunDirectory, queue: Queue) -> list[str]:
+    """Ids of jobs that a submission which was killed could not release any more."""
+    if not (run.root / SUBMITTING).exists():
+        return []
+    return [job_id for job_id, job in queue.jobs.items() if job.reason == "JobHeldUser"]
 
 
 def sort(jobs: Mapping[str, QueuedJob]) -> LiveJobs:
@@ -53,14 +79,7 @@ def sort(jobs: Mapping[str, QueuedJob]) -> LiveJobs:
     return LiveJobs(segments, verifiers, export)
 
 
-def _queued(run: RunDirectory) -> list[QueuedJob]:
-    """What squeue knows of this user, and of a colleague who has submitted jobs of the run."""
-    jobs = commands.squeue()
-    owners = {path.stat().st_uid for folder in FOLDERS for path in _records(run.root, folder)}
-    for uid in owners - {os.getuid()}:
-        jobs += commands.squeue(user=str(uid))
-    return jobs
-
-
-def _records(root: Path, folder: str) -> list[Path]:
-    return list(root.glob(f"{folder}/[0-9]*/{RECORD}"))
+def _colleagues(root: Path) -> set[int]:
+    """User ids of others who have submitted jobs of the run."""
+    paths = (path for folder in FOLDERS for path in root.glob(f"{folder}/[0-9]*/{RECORD}"))
+    return {path.stat().st_uid for path in paths} - {os.getuid()}

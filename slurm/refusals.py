@@ -7,8 +7,10 @@ from conf.compare import changed, differing
 from conf.schema import Config
 from conf.schema.errors import ConfigError
 from conf.snapshot import code_digest
-from slurm import run_directory
-from slurm.commands import QueuedJob
+from slurm import queue_state, run_directory
+from slurm.answers import QueuedJob
+from slurm.errors import SlurmError
+from slurm.job import records
 from slurm.run_directory import RunDirectory
 from slurm.sbatch import snapshot_digest
 from slurm.verify import FAILED, STOP
@@ -58,6 +60,21 @@ def refuse_live_changes(
                 f"{named} with other settings of {stage}: {'; '.join(differences)}; give the old "
                 f"values, or {remedy}"
             )
+
+
+def refuse_queued(run: RunDirectory) -> None:
+    """ConfigError when batch jobs of the run are live, before it is run on this machine."""
+    if not any(True for _ in records(run.root)):
+        return
+    try:
+        live = queue_state.live(run)
+    except SlurmError:
+        return  # no Slurm here, or none that answers; a job that has been overtaken ends itself
+    if live:
+        raise ConfigError(
+            f"{len(live)} jobs of {run.root} are queued or running ({_some(live)}); cancel them "
+            "(`make cancel`), or choose another run=NAME"
+        )
 
 
 def refuse_stopped(run: RunDirectory, stages: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from slurm import bodies, local, segment
 from slurm import plan as plans
 from slurm.chain import LiveJobs, absolute, chain, export_directory
 from slurm.job import LOG, Job
-from slurm.refusals import missing, refuse_stopped, set_failures_aside
+from slurm.refusals import missing, refuse_queued, refuse_stopped, set_failures_aside
 from slurm.request import Request
 from slurm.run_directory import RunDirectory
 
@@ -25,6 +25,7 @@ from slurm.run_directory import RunDirectory
 def run(request: Request, run: RunDirectory, configs: Mapping[str, Config]) -> None:
     """Run every stage that is not done. Raises ConfigError, OSError, or JobFailed."""
     refuse_stopped(run, configs)
+    refuse_queued(run)
     stages = plans.plan(run, configs)
     to_run = [stage.name for stage in stages if stage.state != "done"]
     lacking = missing(run, configs, to_run)

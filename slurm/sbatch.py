@@ -6,6 +6,7 @@ half way, or a connection that breaks, never leaves a part of the chain running.
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from conf.schema.errors import ConfigError
 from conf.snapshot import CODE, PLAN
 from slurm import commands, queue_state
 from slurm.chain import absolute
-from slurm.commands import SlurmError
+from slurm.errors import SlurmError
 from slurm.files import write_text
 from slurm.job import RECORD, Job, JobRecord
 from slurm.render import script
@@ -50,8 +51,10 @@ def submit(
     submitted: dict[str, JobRecord] = {}
     held: list[str] = list(release)
     job = None
+    marker = run.root / queue_state.SUBMITTING
     try:
         with _interruptible():
+            write_text(marker, "jobs are being submitted; what is held is released in the end\n")
             for job in jobs:
                 words = dependency(job, {name: it.job_id for name, it in submitted.items()})
                 config = config_of(job, configs)
@@ -68,8 +71,10 @@ def submit(
     except (ConfigError, OSError, Interrupted, KeyboardInterrupt) as error:
         names = [job.name for job in jobs]
         remains = _roll_back(run, names, list(submitted.values()))
+        marker.unlink(missing_ok=True)
         what = f"{job.name} was not submitted" if job is not None else "nothing was submitted"
         raise ConfigError(f"{what}: {error or 'interrupted'}; {remains}") from error
+    marker.unlink(missing_ok=True)
     return list(submitted.values())
 
 
@@ -148,6 +153,9 @@ def _interruptible() -> Iterator[None]:
     def received(number: int, _: FrameType | None) -> None:
         raise Interrupted(f"ended by {signal.Signals(number).name}")
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's affair
+        return
     before = {number: signal.signal(number, received) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield

@@ -21,7 +21,8 @@ from conf.schema import Config
 from conf.schema.errors import ConfigError
 from slurm import commands, local, queue_state, run_local, sbatch
 from slurm import plan as plans
-from slurm.chain import LiveJobs, chain
+from slurm.answers import QueuedJob
+from slurm.chain import LiveJobs, absolute, chain
 from slurm.exclude import read as excluded_nodes
 from slurm.job import Job, records
 from slurm.limits import refuse_over_limits
@@ -70,47 +71,51 @@ def _write_scripts(request: Request, run: RunDirectory, configs: Mapping[str, Co
         _record(run, configs, to_run, stages)
     for job in jobs:
         sbatch.write_script(job, configs[job.stage], run, "", excluded_nodes(run.root))
-    print(f"run {run.root} on {_cluster(configs)}: nothing is queued (dry=true)")
+    print(f"run {run.root} on {_first(configs).cluster.name}: nothing is queued (dry=true)")
     print(plans.table(stages, _first(configs)))
+    for line in plans.job_lines(jobs):
+        print(line)
+    print(f"{len(jobs)} scripts, below {absolute(run)}:")
     for job in jobs:
-        print(f"{plans.job_line(job)}\n    {job.script}")
+        print(f"  {job.script.relative_to(absolute(run))}")
     for reason in missing(run, configs, to_run):
         print(f"not there yet: {reason}")
 
 
 def _queue(request: Request, run: RunDirectory, configs: Mapping[str, Config]) -> None:
     """Queue what is missing, or with `test_only=true` ask what Slurm would say."""
-    live = queue_state.live(run)
-    sorted_live = queue_state.sort(live)
-    refuse_live_changes(run, configs, live, {*sorted_live.segments, *sorted_live.verifiers})
+    queue = queue_state.ask(run)
+    live = queue_state.sort(queue.jobs)
+    refuse_live_changes(run, configs, queue.jobs, {*live.segments, *live.verifiers})
     refuse_stopped(run, configs)
-    stages = plans.plan(run, configs, tuple(sorted_live.verifiers))
+    stages = plans.plan(run, configs, tuple(live.verifiers))
     to_run = [stage.name for stage in stages if stage.state != "done"]
-    new = [stage for stage in to_run if stage not in sorted_live.verifiers]
-    lacking = missing(run, configs, new, sorted_live.verifiers)
+    new = [stage for stage in to_run if stage not in live.verifiers]
+    lacking = missing(run, configs, new, live.verifiers)
     if lacking:
         raise ConfigError("; ".join(lacking))
-    jobs = chain(run, configs, to_run, sorted_live, request.export)
-    refuse_over_limits(jobs, configs, len(live))
-    print(f"run {run.root} on {_cluster(configs)}")
+    jobs = chain(run, configs, to_run, live, request.export)
+    refuse_over_limits(jobs, configs, queue.of_user)
+    print(f"run {run.root} on {_first(configs).cluster.name}")
     print(plans.table(stages, _first(configs)))
-    if not jobs:
-        print("nothing to queue: " + (_named(live) if live else "everything is done"))
+    held = queue_state.held_by_a_cut_submission(run, queue)
+    if not jobs and not held:
+        print("nothing to queue: " + (_named(queue.jobs) if queue.jobs else "everything is done"))
         return
-    if not request.test_only:
-        plans.confirm(stages, _first(configs), request.yes)
-        for line in set_failures_aside(run, new):
-            print(line)
-    _record(run, configs, new, stages)
     exclude = excluded_nodes(run.root)
     if request.test_only:
+        _record(run, configs, new, stages)
         _ask(jobs, run, configs, exclude)
         return
-    held = [id for id, job in live.items() if _cut_short(job, sorted_live)]
+    plans.confirm(stages, _first(configs), request.yes)
+    for line in set_failures_aside(run, new):
+        print(line)
+    _record(run, configs, new, stages)
     queued = sbatch.submit(jobs, configs, run, exclude, held)
-    ids = {record.name: record.job_id for record in queued}
-    for job in jobs:
-        print(plans.job_line(job, ids))
+    for line in plans.job_lines(jobs, {record.name: record.job_id for record in queued}):
+        print(line)
+    if held:
+        print(f"released {', '.join(held)}, of a submission that was cut short")
     print(f"{len(queued)} jobs queued; they go on by themselves. `make status`, `make cancel`")
 
 
@@ -139,21 +144,11 @@ def _record(
     run.record({name: configs[name] for name in names}, plans.as_json(run, stages))
 
 
-def _cut_short(job: commands.QueuedJob, live: LiveJobs) -> bool:
-    """Whether a job is held since a submission was ended before it could release it."""
-    stages = [stage for stage, ids in live.segments.items() if job.job_id in ids]
-    return job.reason == "JobHeldUser" and any(stage not in live.verifiers for stage in stages)
-
-
 def _first(configs: Mapping[str, Config]) -> Config:
     return next(iter(configs.values()))
 
 
-def _cluster(configs: Mapping[str, Config]) -> str:
-    return _first(configs).cluster.name
-
-
-def _named(live: Mapping[str, commands.QueuedJob]) -> str:
+def _named(live: Mapping[str, QueuedJob]) -> str:
     return ", ".join(f"{job_id} {job.name} is {job.state.lower()}" for job_id, job in live.items())
 
 
