@@ -150,7 +150,9 @@ def _cluster_choices(parsed: Sequence[Override]) -> list[str]:
     return [f"{k}={v}" for k, v in meant.items() if v is not None and k not in given]
 
 
-def _layouts(cluster: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def _layouts(
+    cluster: str, seen: tuple[str, ...] = ()
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """`layouts` and `precisions` of a cluster's file, over those of the files in its `defaults`.
 
     Read before Hydra composes, as they decide what it is asked to compose.
@@ -160,23 +162,23 @@ def _layouts(cluster: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     layouts: dict[str, dict[str, str]] = {}
     precisions: dict[str, str] = {}
     if not isinstance(values, Mapping):
-        return layouts, precisions
-    for entry in [*(values.get("defaults") or ()), None]:
-        if entry is None:
-            ours = (values.get("layouts") or {}, values.get("precisions") or {})
-        elif isinstance(entry, str) and entry in options("cluster") and entry != cluster:
-            ours = _layouts(entry)
-        else:
-            continue
-        if not all(isinstance(part, Mapping) for part in (*ours, *ours[0].values())):
-            raise ConfigError(
-                f"{path}: layouts holds {{MODEL: {{STAGE: PARALLEL}}}} and precisions "
-                "{MODEL: PRECISION}"
-            )
-        for model, stages in ours[0].items():
-            layouts[model] = {**layouts.get(model, {}), **stages}
-        precisions |= ours[1]
-    return layouts, precisions
+        return layouts, precisions  # Hydra says what is wrong
+    below = [entry for entry in values.get("defaults") or () if isinstance(entry, str)]
+    for name in below:
+        if name in options("cluster") and name not in (cluster, *seen):
+            inherited = _layouts(name, (*seen, cluster))
+            layouts |= inherited[0]
+            precisions |= inherited[1]
+    own, own_precisions = values.get("layouts") or {}, values.get("precisions") or {}
+    parts = [own, own_precisions, *(own.values() if isinstance(own, Mapping) else ())]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise ConfigError(
+            f"{path}: layouts holds {{MODEL: {{STAGE: PARALLEL}}}} and precisions "
+            "{MODEL: PRECISION}"
+        )
+    for model, stages in own.items():
+        layouts[model] = {**layouts.get(model, {}), **stages}
+    return layouts, precisions | own_precisions
 
 
 def _check_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -217,6 +219,8 @@ def _check_key(key: str) -> None:
             schema = hints[part]
         elif typing.get_origin(schema) is dict:
             schema = typing.get_args(schema)[1]
+        elif schema is Any:
+            return
         else:
             raise ConfigError(f"{key} is not a configuration key; {'.'.join(walked)} is a value")
         walked.append(part)

@@ -1,7 +1,7 @@
 """Where a job runs: the machine's shape, the site's rules, and what this run asks of them."""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from conf.schema.errors import ConfigError
 
@@ -90,7 +90,8 @@ class ClusterConfig:
     confirm_gpu_hours: float = 100.0  # a plan above this is confirmed by hand, or with yes=true
 
     # What is meant where `parallel=` or `precision=` is not given; conf/compose.py looks these up.
-    layouts: dict[str, dict[str, str]] = field(default_factory=dict)  # model -> stage -> parallel
+    # model -> stage -> parallel. (Any: OmegaConf cannot merge typed dictionaries of dictionaries.)
+    layouts: dict[str, Any] = field(default_factory=dict)
     precisions: dict[str, str] = field(default_factory=dict)  # model -> precision
     site: SiteConfig = field(default_factory=SiteConfig)
 

@@ -91,6 +91,75 @@ def test_what_is_not_a_setting_is_refused_in_one_line(override: str, named: str)
     assert "\n" not in str(error.value)
 
 
+REAL = ["model=amalia_vl_9b", "data=amalia", "stage=stage2"]
+
+
+def test_the_cluster_chooses_layout_and_precision() -> None:
+    config = compose(["cluster=mn5", *REAL])
+    assert (config.parallel.world_size, config.parallel.tensor) == (64, 4)
+    assert config.precision.params == "bf16"
+    assert compose(["cluster=mn5", *REAL[:2], "stage=stage1"]).parallel.world_size == 8
+    assert compose(["cluster=slurm"]).parallel.world_size == 2
+
+
+def test_what_is_given_wins_over_the_clusters_choice() -> None:
+    given = compose(["parallel=h100_128", "precision=fp8", "cluster=mn5", *REAL])
+    assert (given.parallel.world_size, given.precision.fp8_recipe) == (128, "tensorwise")
+    smaller = compose(["cluster=mn5", *REAL, "parallel.world_size=32", "precision.params=fp32"])
+    assert (smaller.parallel.world_size, smaller.parallel.tensor) == (32, 4)
+    assert smaller.precision.params == "fp32"
+    several = compose(["cluster=mn5", *REAL, "parallel={world_size: 16, recompute: full}"])
+    assert (several.parallel.world_size, several.parallel.recompute) == (16, "full")
+
+
+def test_without_a_layout_the_defaults_hold() -> None:
+    config = compose(["cluster=local", *REAL])
+    assert (config.parallel.world_size, config.precision.params) == (1, "fp32")
+
+
+def test_a_layout_that_comes_too_late_is_refused() -> None:
+    for key, group in (("layouts.tiny.stage1=dp2", "parallel"), ("precisions.tiny=bf16", "prec")):
+        with pytest.raises(ConfigError, match=f"too late to choose {group}"):
+            compose(["cluster=slurm", f"cluster.{key}"])
+
+
+@pytest.fixture
+def own_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copy = tmp_path / "conf"
+    shutil.copytree(DIRECTORY, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr("conf.compose.DIRECTORY", copy)
+    return copy / "cluster"
+
+
+def test_a_cluster_of_ones_own_builds_on_another(own_clusters: Path) -> None:
+    (own_clusters / "mine.yaml").write_text(
+        "defaults: [mn5, _self_]\nname: mine\nhours: 6\n"
+        "layouts: {tiny: {stage2: tp2}, amalia_vl_9b: {stage2: h100_128}}\n"
+    )
+    config = compose(["cluster=mine", *REAL])
+    assert (config.cluster.name, config.cluster.hours) == ("mine", 6)
+    assert (config.parallel.world_size, config.precision.params) == (128, "bf16")
+    assert compose(["cluster=mine", "stage=stage2"]).parallel.tensor == 2
+    assert compose(["cluster=mine", "stage=stage3"]).parallel.world_size == 2  # mn5's
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("layouts: {tiny: {stage1: dp3}}", "names parallel 'dp3' for tiny"),
+        ("precisions: {tiny: fp4}", "names precision 'fp4' for tiny"),
+        ("layouts: [tiny]", "layouts holds"),
+        ("layouts: {tiny: dp2}", "layouts holds"),
+        ("layouts: {tiny: {stage1: [dp2]}}", "names parallel"),
+    ],
+)
+def test_a_layout_that_does_not_exist_is_named(own_clusters: Path, line: str, message: str) -> None:
+    (own_clusters / "mine.yaml").write_text(f"name: mine\nexecutor: slurm\n{line}\n")
+    with pytest.raises(ConfigError, match=message) as error:
+        compose(["cluster=mine"])
+    assert "mine.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_every_yaml_file_composes() -> None:
     for group in ("model", "parallel", "precision", "cluster"):
         for option in options(group):
