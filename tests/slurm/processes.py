@@ -29,6 +29,14 @@ def alive(pid: int) -> bool:
     return text.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def parent(pid: int) -> int:
+    """Parent's process id; 0 when the process is gone."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(text.rpartition(")")[2].split()[1])
+    return 0
+
+
 def command(pid: int) -> str:
     """Command line, or "" when the process is gone."""
     with contextlib.suppress(OSError):

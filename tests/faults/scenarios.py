@@ -1,0 +1,176 @@
+"""What clusters do to jobs, each as one function on a pipeline that has been submitted.
+
+A scenario waits until a stage has passed its first checkpoint, does its harm, and does what a user
+or sysadmin would (bring a node back, submit again), nothing more. Whoever calls waits for the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.pipeline_run import EVERY, PipelineRun
+from tests.slurm import processes
+
+Fault = Callable[[PipelineRun, str], None]
+# Long enough for a job that lost its node, or waits for its old credential, to run again.
+PATIENCE = 180
+
+
+def walltime_ends(run: PipelineRun, stage: str) -> None:
+    """The job's time is cut to what is left of its first minute: Slurm warns, then kills."""
+    job = run.until_step(stage)
+    run.slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    run.until(lambda: run.over(job), f"the end of job {job}", PATIENCE)
+
+
+def requeued(run: PipelineRun, stage: str) -> None:
+    """scontrol requeue, as sysadmins do before maintenance."""
+    job = run.until_step(stage)
+    run.slurm.run("scontrol", "requeue", job)
+    run.until(lambda: run.restarts(job) == 1, f"restart of job {job}", PATIENCE)
+
+
+def preempted(run: PipelineRun, stage: str) -> None:
+    """A job of a QoS that goes before ours takes every node for some seconds."""
+    run.until_step(stage)
+    nodes = sum(node.startswith("cpu") for node in run.slurm.nodes)
+    words = ("--qos=preemptor", f"--nodes={nodes}", "--exclusive")
+    assert run.slurm.wait(run.slurm.sbatch(*words, wrap="sleep 2"), timeout=PATIENCE) == "COMPLETED"
+
+
+def rank_killed(run: PipelineRun, stage: str) -> None:
+    """kill -9 of rank 1, as the kernel does when memory is out."""
+    job = run.until_step(stage)
+    os.kill(run.ranks(job)[1], signal.SIGKILL)
+
+
+def ranks_killed(run: PipelineRun, stage: str) -> None:
+    """kill -9 of every rank at once."""
+    job = run.until_step(stage)
+    processes.kill(run.ranks(job).values())
+
+
+def node_dies(run: PipelineRun, stage: str) -> None:
+    """The second node loses its slurmd and everything on it; it comes back later."""
+    _node_dies(run, stage, 1)
+
+
+def first_node_dies(run: PipelineRun, stage: str) -> None:
+    """The same for the node that runs the batch script and rank 0."""
+    _node_dies(run, stage, 0)
+
+
+def _node_dies(run: PipelineRun, stage: str, which: int) -> None:
+    job = run.until_step(stage)
+    node = run.nodes(job)[which]
+    run.slurm.kill_node(node)
+    run.until(lambda: run.noticed(job), f"Slurm noticing that {node} is dead", PATIENCE)
+    run.slurm.restart_node(node)
+
+
+def orphans_wake_up(run: PipelineRun, stage: str) -> None:
+    """Both nodes hang, Slurm gives the job to others, then the old ranks go on as if nothing was.
+
+    Only slurmd and slurmstepd are dead: nobody stops the old ranks but they themselves.
+    """
+    job = run.until_step(stage)
+    nodes = run.nodes(job)
+    old = run.ranks(job)
+    for node in nodes:
+        orphans = run.slurm.node_pids(node)["jobs"]
+        for pid in orphans:
+            os.kill(pid, signal.SIGSTOP)
+        run.slurm.kill_node(node, jobs=False)
+    frozen = [pid for node in nodes for pid in run.slurm.node_pids(node)["jobs"]]
+    assert set(old.values()) <= set(frozen), (old, frozen)
+    before = run.attempts(stage)
+    run.until(lambda: run.attempts(stage) > before, "a new attempt on other nodes", PATIENCE)
+    new = run.running(stage)
+    run.until(lambda: len(run.ranks(new, but=old.values())) == 2, "new ranks", PATIENCE)
+    for pid in frozen:
+        if processes.alive(pid):
+            os.kill(pid, signal.SIGCONT)
+    gone = time.monotonic() + 60
+    while left := [pid for pid in old.values() if processes.alive(pid)]:
+        assert time.monotonic() < gone, f"old ranks {left} go on\n{run.explain()}"
+        time.sleep(0.1)
+    for node in nodes:
+        run.slurm.restart_node(node)
+
+
+def node_downed(run: PipelineRun, stage: str) -> None:
+    """A sysadmin sets a node of the job down, and resumes it later."""
+    job = run.until_step(stage)
+    node = run.nodes(job)[-1]
+    run.slurm.update_node(node, "down", "replace the fan")
+    run.until(lambda: run.noticed(job), f"the end of job {job} on {node}", PATIENCE)
+    run.slurm.update_node(node, "resume")
+
+
+def cancelled(run: PipelineRun, stage: str) -> None:
+    """The user cancels the running job, sees that nothing goes on, and submits again."""
+    job = run.until_step(stage)
+    run.slurm.run("scancel", *[id for id, (_, name) in run.jobs().items() if stage in name])
+    end = time.monotonic() + PATIENCE
+    while run.alive():
+        assert time.monotonic() < end, f"jobs go on after {job} was cancelled\n{run.explain()}"
+        time.sleep(0.2)
+    run.submit()
+
+
+def checkpoint_truncated(run: PipelineRun, stage: str) -> None:
+    """The newest checkpoint loses the end of a file while the job is requeued."""
+    job = run.until_checkpoint(stage, 2 * EVERY)
+    run.slurm.run("scontrol", "requeue", job)
+    run.until(lambda: not run.ranks(job), f"the end of the ranks of job {job}", PATIENCE)
+    newest = max((run.root / stage / "checkpoints").glob("step_*/MANIFEST.json")).parent
+    victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(victim, victim.stat().st_size // 2)
+    run.until(lambda: "passed over a damaged checkpoint" in run.log(stage), "a warning", PATIENCE)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A fault, and the stage that it meets when it runs alone."""
+
+    fault: Fault
+    stage: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.fault.__name__
+
+    @property
+    def title(self) -> str:
+        return str(self.fault.__doc__).split("\n")[0]
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario(walltime_ends, "stage2"),
+        Scenario(requeued, "stage1"),
+        Scenario(preempted, "stage2"),
+        Scenario(rank_killed, "stage2"),
+        Scenario(ranks_killed, "stage3"),
+        Scenario(node_dies, "stage2"),
+        Scenario(first_node_dies, "stage1"),
+        Scenario(orphans_wake_up, "stage2"),
+        Scenario(node_downed, "stage3"),
+        Scenario(cancelled, "stage2"),
+        Scenario(checkpoint_truncated, "stage1"),
+    )
+}
+
+
+def shards_vanish(run: PipelineRun, stage: str) -> None:
+    """Somebody removes a stage's shards after the pipeline was submitted."""
+    for path in Path(run.shards).glob("*/shards/*"):
+        if path.parent.parent.name == {"stage1": "captions", "stage2": "vqa"}[stage]:
+            path.unlink()
