@@ -69,3 +69,10 @@ def run_names(runs: Path) -> list[str]:
         for path in runs.iterdir()
         if not path.name.startswith(".") and any((path / mark).exists() for mark in marks)
     )
+
+
+def check_stage(root: Path, stage: str) -> None:
+    """ConfigError unless `stage` is empty or a stage of the run in `root`."""
+    there = sorted(path.name for path in root.glob("stage[0-9]*") if path.is_dir())
+    if stage and stage not in there:
+        raise ConfigError(f"{root} has no {stage}; there are {', '.join(there) or 'no stages yet'}")

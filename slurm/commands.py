@@ -75,16 +75,26 @@ def test_only(script: Path, extra: Sequence[str] = ()) -> str:
     return one_line(done.stderr or done.stdout).removeprefix("sbatch: ")
 
 
-def scancel(ids: Iterable[str], signal: str | None = None) -> None:
-    """Cancel jobs, or signal their ranks (not the batch shell); those that are gone are no error.
+def scancel(
+    ids: Iterable[str],
+    signal: str | None = None,
+    batch: bool = False,
+    pending_only: bool = False,
+) -> None:
+    """Cancel jobs; those that are gone are no error. Raises SlurmError.
 
-    Raises SlurmError.
+    Args:
+        signal: send it to the ranks instead; with `batch` to the batch shell instead of them.
+        pending_only: leave those that have begun meanwhile.
     """
     wanted = list(ids)
     if not wanted:
         return
-    words = ["scancel", *([f"--signal={signal}"] if signal else []), *wanted]
-    done = _start(words, TIMEOUT, _plain_environment())
+    words = ["scancel"]
+    words += [f"--signal={signal}"] if signal else []
+    words += ["--batch"] if batch else []
+    words += ["--state=PENDING"] if pending_only else []
+    done = _start([*words, *wanted], TIMEOUT, _plain_environment())
     problems = [
         line
         for line in done.stderr.splitlines()
@@ -94,9 +104,9 @@ def scancel(ids: Iterable[str], signal: str | None = None) -> None:
         raise failure("scancel", "\n".join(problems))
 
 
-def hold(job_id: str) -> None:
-    """Keep a pending job from starting."""
-    run(["scontrol", "hold", job_id])
+def hold(*job_ids: str) -> None:
+    """Keep pending jobs from starting."""
+    run(["scontrol", "hold", ",".join(job_ids)])
 
 
 def release(job_id: str) -> None:

@@ -44,6 +44,7 @@ class JobState:
     gpu_seconds: float | None = None  # by Slurm's accounting
     submitted: float = 0.0
     elements: int | None = None
+    user: str = ""  # where squeue shows it
     running: int = 0  # elements of an array
     pending: int = 0
 
@@ -103,6 +104,7 @@ def _merge(
             "start": job.start,
             "used": job.used,
             "left": job.left,
+            "user": job.user,
             "running": len(running),
             "pending": len([job for job in live if job.state == "PENDING"]),
         }

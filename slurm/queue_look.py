@@ -6,6 +6,7 @@ people at once, costs the controller one question a minute.
 
 import json
 import os
+import pwd
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -81,9 +82,22 @@ def owners(records: Sequence[JobRecord]) -> str | None:
     return None if len(users) == 1 else ",".join(str(uid) for uid in sorted(users))
 
 
+def jobs_of(root: Path, records: Sequence[JobRecord]) -> tuple[QueuedJob, ...]:
+    """Ask squeue now for the run's jobs, also ended ones that it remembers. Raises SlurmError."""
+    return of_run(commands.squeue(user=owners(records)), root, records)
+
+
+def user_name() -> str:
+    """The name of whoever runs this, as squeue prints it."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
 def _ask(root: Path, records: Sequence[JobRecord], known: tuple[str, ...], now: float) -> QueueLook:
     try:
-        jobs = of_run(commands.squeue(user=owners(records)), root, records)
+        jobs = jobs_of(root, records)
     except SlurmError as error:
         if error.cause == "missing":
             return QueueLook(now, known, None, None, "no Slurm on this machine")

@@ -102,7 +102,7 @@ def _summary(
     segments = [job for job in jobs if job.kind == "segment" and job.stage == stage.name]
     live = [job for job in segments if job.is_live]
     running = [job for job in live if job.is_running]
-    alive = bool(running) or (not segments and _runs_here(root, stage))
+    alive = bool(running) or (not segments and runs_here(root, stage))
     name = "not begun"
     if stage.is_done:
         name = "done"
@@ -214,7 +214,7 @@ def _uses_slurm(plan: Mapping[str, Mapping[str, Any]], records: Sequence[JobReco
     return bool(records) or any(stage.get("cluster") != "local" for stage in plan.values())
 
 
-def _runs_here(root: Path, stage: StageState) -> bool:
+def runs_here(root: Path, stage: StageState) -> bool:
     """Whether the local executor on this machine is at work on the run, and at this stage."""
     try:
         pid = int((root / ".lock").read_text(encoding="ascii").strip())
