@@ -118,7 +118,10 @@ class Loader:
         Holds at most two micro-batches for each worker beside those being delivered. Close the
         iterator (or let it end) to stop its threads. Raises as `step`.
         """
-        steps = range(start, self._plan.steps if stop is None else stop)
+        return self.chosen(range(start, self._plan.steps if stop is None else stop))
+
+    def chosen(self, steps: Sequence[int]) -> Generator[tuple[int, list[PackedBatch]], None, None]:
+        """As `batches`, for these steps, in their order."""
         if self._workers == 0:
             for step in steps:
                 yield step, self.step(step)

@@ -1,6 +1,6 @@
 """What a stage reads: its plan, and this replica's micro-batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,10 @@ class StageData:
         """(step, this replica's micro-batches) from `start` to the end of the stage."""
         return self._loader(self.plan).batches(start)
 
-    def every_sample(self) -> Iterator[tuple[int, list[PackedBatch]]]:
-        """(step, micro-batches) of a pass over all samples; every replica has as many."""
-        return self._loader(self.everything).batches()
+    def every_sample(self, steps: Sequence[int]) -> Iterator[tuple[int, list[PackedBatch]]]:
+        """(step, micro-batches) of these steps of a pass over all samples; every replica has as
+        many."""
+        return self._loader(self.everything).chosen(steps)
 
     def counts(self, step: int, masked: int) -> BatchCounts:
         """What the global batch of `step` holds, by the manifests."""

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,11 @@ class SmallRun:
         return Path(config.runs_dir) / config.run / config.stage.name
 
 
-def start(config: Config, file_bytes: int | None = None) -> list[subprocess.Popen[str]]:
-    """Start the real training command, one process a rank; no file may grow past `file_bytes`."""
+def start(
+    config: Config, file_bytes: int | None = None, program: Sequence[str] = ("pipeline.train",)
+) -> list[subprocess.Popen[str]]:
+    """Start the real training command (or another module and its arguments), one process a rank;
+    no file may grow past `file_bytes`."""
 
     def limit() -> None:
         if file_bytes is not None:
@@ -112,7 +116,7 @@ def start(config: Config, file_bytes: int | None = None) -> list[subprocess.Pope
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pipeline.train", "--config", str(path)]
+    command = [sys.executable, "-m", *program, "--config", str(path)]
     return [
         subprocess.Popen(
             command,
@@ -128,9 +132,14 @@ def start(config: Config, file_bytes: int | None = None) -> list[subprocess.Pope
     ]
 
 
-def train(config: Config, expect: int = 0, timeout: float = 180) -> str:
+def train(
+    config: Config,
+    expect: int = 0,
+    timeout: float = 180,
+    program: Sequence[str] = ("pipeline.train",),
+) -> str:
     """Run the stage to its end; rank 0's output. AssertionError with it if the code differs."""
-    processes = start(config)
+    processes = start(config, program=program)
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     codes = [process.returncode for process in processes]
     assert codes[0] == expect, f"exit codes {codes}\n" + "\n".join(outputs)
