@@ -30,7 +30,14 @@ READY = $(if $(PREPARED),,$(VENV)/.installed)
 # nemo-run brings a hundred packages; they stay out of VENV.
 VENV_REMOTE ?= .venv-remote
 REMOTE_READY = $(VENV_REMOTE)/.installed
-SUBMIT = $(PY) -m slurm.submit run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
+# $(call slurm,VERB,MODULE): the module here, or with REMOTE=user@host the verb there, over SSH.
+REMOTE ?=
+REMOTE_DIR ?=
+REMOTE_PYTHON ?=
+slurm = $(if $(REMOTE),$(VENV_REMOTE)/bin/python -m slurm.remote 'host=$(REMOTE)' \
+	$(if $(REMOTE_DIR),'dir=$(REMOTE_DIR)') $(if $(REMOTE_PYTHON),'python=$(REMOTE_PYTHON)') verb=$(1),$(PY) -m $(2))
+LAUNCHER = $(if $(REMOTE),$(REMOTE_READY),$(READY))
+SUBMIT = $(call slurm,submit,slurm.submit) run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
 	$(if $(DRY),dry=$(DRY)) $(if $(TEST_ONLY),test_only=$(TEST_ONLY)) $(if $(YES),yes=$(YES))
 # Verbs that have no plan of their own to print only show their command with DRY=1.
 SHOW = $(if $(DRY),@echo would run:)
@@ -45,6 +52,7 @@ help: ## this list
 	@echo
 	@echo 'Variables (now): CLUSTER=$(CLUSTER) RUN=$(RUN) MODEL=$(MODEL) DATA=$(DATA) STAGE=$(STAGE)'
 	@echo '  CLUSTER=mn5 (or another of conf/cluster) queues jobs instead of running them here;'
+	@echo '  REMOTE=user@host does so over SSH;'
 	@echo '  TEST_ONLY=1 asks Slurm when they would start, YES=1 does not ask about GPU-hours'
 	@echo '  DRY=1 prints what would run; ARGS="key=value ..." overrides any setting of conf/'
 
@@ -93,23 +101,23 @@ format: $(READY) ## ruff, writing
 shards: $(READY) ## sources of DATA to tar shards and manifests
 	$(SHOW) $(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) $(ARGS)
 
-stage1 stage2 stage3: $(READY) ## one stage of RUN; the same command resumes
+stage1 stage2 stage3: $(LAUNCHER) ## one stage of RUN; the same command resumes
 	$(SUBMIT) 'stages=[$@]' $(ARGS)
 
-pipeline: $(READY) ## the three stages, each once, and the Hugging Face folder
+pipeline: $(LAUNCHER) ## the three stages, each once, and the Hugging Face folder
 	$(SUBMIT) 'stages=[stage1,stage2,stage3]' export=true $(ARGS)
 
-status: $(READY) ## stages, jobs, steps and GPU-hours of RUN; one call of squeue, kept for a minute
-	$(PY) -m slurm.status run=$(RUN) $(ARGS)
+status: $(LAUNCHER) ## stages, jobs, steps and GPU-hours of RUN; one call of squeue, kept for a minute
+	$(call slurm,status,slurm.status) run=$(RUN) $(ARGS)
 
-logs: $(READY) ## the log of what runs now in RUN; ARGS="stage=stage2 follow=true"
-	$(PY) -m slurm.logs run=$(RUN) $(ARGS)
+logs: $(LAUNCHER) ## the log of what runs now in RUN; ARGS="stage=stage2 follow=true"
+	$(call slurm,logs,slurm.logs) run=$(RUN) $(ARGS)
 
-cancel: $(READY) ## all queued jobs of RUN; running ones save first (ARGS=now=true: at once)
-	$(SHOW) $(PY) -m slurm.cancel run=$(RUN) $(ARGS)
+cancel: $(LAUNCHER) ## all queued jobs of RUN; running ones save first (ARGS=now=true: at once)
+	$(SHOW) $(call slurm,cancel,slurm.cancel) run=$(RUN) $(ARGS)
 
-array: $(READY) ## TASK=shards|validate|reference|evaluate of RUN as an array; ARGS="throttle=8"
-	$(PY) -m slurm.arrays task=$(TASK) run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
+array: $(LAUNCHER) ## TASK=shards|validate|reference|evaluate of RUN as an array; ARGS="throttle=8"
+	$(call slurm,array,slurm.arrays) task=$(TASK) run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
 		$(if $(DRY),dry=$(DRY)) $(ARGS)
 
 import: $(READY) ## VISION= LANGUAGE= TOKENIZER= (Hugging Face folders), or LLAVA=, to runs/RUN/import

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-VERBS = re.findall(r"^([a-z0-9 ]+):.*## ", MAKEFILE, flags=re.MULTILINE)
+VERBS = re.findall(r"^([a-z0-9 -]+):.*## ", MAKEFILE, flags=re.MULTILINE)
 
 
 @pytest.fixture
@@ -33,7 +33,10 @@ def make(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"\$\(PY\) -m ([\w.]+)", MAKEFILE))))
+MODULES = re.findall(r"(?:\$\(PY\) -m |\$\(call slurm,\w+,)([a-z][\w.]+)", MAKEFILE)
+
+
+@pytest.mark.parametrize("module", sorted({*MODULES, "slurm.remote"}))
 def test_every_module_exists(module: str) -> None:
     assert importlib.util.find_spec(module) is not None
 
@@ -58,3 +61,17 @@ def test_variables_reach_the_launcher(venv: Path) -> None:
     for word in ("run=mine", "model=m", "data=d", "cluster=local", "dry=1", "'stages=[stage2]'"):
         assert word in line.split()
     assert line.rstrip().endswith("a=b")
+
+
+def test_a_remote_host_gets_the_same_words(venv: Path) -> None:
+    words = ["-n", "pipeline", f"VENV_REMOTE={venv}", "CLUSTER=mn5", "DRY=1", "ARGS=a=b"]
+    line = make(*words, "REMOTE=me@there", "REMOTE_DIR=~/x")
+    before, verb, after = line.partition("verb=submit")
+    assert verb and "'host=me@there' 'dir=~/x'" in before
+    local = make("-n", "pipeline", f"VENV={venv}", "CLUSTER=mn5", "DRY=1", "ARGS=a=b")
+    assert after.split() == local.partition("slurm.submit")[2].split()
+
+
+def test_a_prepared_environment_is_left_alone(tmp_path: Path) -> None:
+    line = make("-n", "status", f"VENV={tmp_path}", "PREPARED=1")
+    assert "pip" not in line and f"{tmp_path}/bin/python -m slurm.status" in line
