@@ -1,0 +1,101 @@
+#!/bin/bash -l
+
+# Parameters
+#SBATCH --account=project42
+#SBATCH --chdir=/project
+#SBATCH --comment=amalia-vl:/project/runs/first
+#SBATCH --cpus-per-task=20
+#SBATCH --exclusive
+#SBATCH --gres=gpu:4
+#SBATCH --job-name=first.stage2.001
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=16
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=/project/runs/first/stage2/segments/001/log.out
+#SBATCH --qos=acc_ehpc
+#SBATCH --requeue
+#SBATCH --signal=USR2@600
+#SBATCH --time=720
+#SBATCH --wait-all-nodes=1
+
+# setup
+# segment 1 of /project/runs/first, stage2
+# begins when first.stage1.verify.001 has succeeded
+unset PYTHONHOME  # set by some modules for another Python
+export PYTHONPATH=/project/runs/first/code
+export PYTHONSAFEPATH=1
+export PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=8
+export MKL_NUM_THREADS=8
+export TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1
+export TRANSFORMERS_OFFLINE=1
+export HF_DATASETS_OFFLINE=1
+export HF_HUB_DISABLE_TELEMETRY=1
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export NCCL_NET=IB
+export NCCL_IB_HCA=mlx5_0,mlx5_1,mlx5_4,mlx5_5
+export NCCL_SOCKET_IFNAME=ib0,ib1,ib2,ib3
+export NCCL_NVLS_ENABLE=0
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+# Where the ranks meet: this node, as a number, for its name may mean loopback.
+host=${SLURMD_NODENAME:-$(hostname)}
+MASTER_ADDR=
+MASTER_ADDR=$(PATH=$PATH:/usr/sbin:/sbin ip -4 -o address show dev ib0 | awk 'NR == 1 { sub("/.*", "", $4); print $4 }')
+if [ -z "$MASTER_ADDR" ]; then
+  MASTER_ADDR=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }')
+fi
+case "$MASTER_ADDR" in "" | 127.*)
+  address=$(scontrol show node "$host" 2>/dev/null |
+    sed -n 's/.*NodeAddr=\([0-9][0-9.]*\) .*/\1/p')
+  MASTER_ADDR=${address:-$MASTER_ADDR} ;;
+esac
+export MASTER_ADDR=${MASTER_ADDR:-$host}
+
+# The ranks save and stop 10 minutes before the job's end. Counted by the
+# uptime of this node, which no change of its clock moves.
+uptime_seconds() { cut -d. -f1 /proc/uptime; }
+left=$(( ${SLURM_JOB_END_TIME:-0} - $(date +%s) ))
+if [ "$left" -le 0 ] || [ "$left" -gt 43200 ]; then left=43200; fi
+stop_at=$(( $(uptime_seconds) + left - 600 ))
+
+# Slurm's signals go to the ranks, which save and end with 143. This shell only remembers that it
+# was asked to end, so as not to start them again.
+terminated=
+trap 'terminated=--terminated' TERM USR2
+
+attempt=0
+while :; do
+  attempt=$((attempt + 1))
+  export ATTEMPT_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$attempt-$(date +%s)"
+  block=$(( SLURM_JOB_ID % 1500 * 10 ))
+  export MASTER_PORT=$(( 15000 + block + attempt % 10 ))
+
+  # May and must this segment train? 3: the stage is done.
+  /project/env/bin/python -m slurm.segment begin /project/runs/first/stage2 /project/runs/first/stage2/segments/001
+  code=$?
+  if [ "$code" -eq 3 ]; then exit 0; fi
+  if [ "$code" -ne 0 ]; then exit "$code"; fi
+
+  srun --nodes=16 --ntasks=64 --ntasks-per-node=4 --cpus-per-task=20 --kill-on-bad-exit=1 --unbuffered --label --cpu-bind=none --gpu-bind=none --wait=60 \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[!0-9]*}; exec "$@"' rank \
+    /project/env/bin/python -m pipeline.preflight --config /project/runs/first/stage2/config.yaml --report /project/runs/first/stage2/segments/001/preflight
+  code=$?
+  if [ -n "$terminated" ] && [ "$code" -eq 0 ]; then code=143; fi
+  if [ "$code" -eq 0 ]; then
+    seconds=$(( stop_at - $(uptime_seconds) ))
+    export STOP_AFTER_SECONDS=$(( seconds > 1 ? seconds : 1 ))
+    srun --nodes=16 --ntasks=64 --ntasks-per-node=4 --cpus-per-task=20 --kill-on-bad-exit=1 --unbuffered --label --cpu-bind=none --gpu-bind=none --wait=60 \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[!0-9]*}; exec "$@"' rank \
+    /project/env/bin/python -m pipeline.train --config /project/runs/first/stage2/config.yaml
+    code=$?
+  fi
+
+  # Says what comes next. 75: the ranks once more, here.
+  /project/env/bin/python -m slurm.segment end /project/runs/first/stage2 /project/runs/first/stage2/segments/001 --code "$code" $terminated
+  code=$?
+  if [ "$code" -ne 75 ]; then exit "$code"; fi
+done
