@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from conf.schema import Config
 from conf.schema.cluster import ClusterConfig, QueueConfig
+from conf.schema.errors import ConfigError
 
 # What names of accounts, QoS, partitions and nodes are made of; anything else could become another
 # option or line of a batch script.
@@ -60,6 +61,18 @@ def unnamed(config: Config) -> Iterator[str]:
             f"{cluster.name} takes no job without a QoS: `export SLURM_QOS=QOS`, or give "
             f"cluster.qos=QOS{known}"
         )
+
+
+def refuse_nameless(config: Config, dry: bool = False) -> None:
+    """ConfigError where account, QoS or another name is missing or none; for jobs without ranks.
+
+    With `dry` the account and the QoS may be missing.
+    """
+    reasons = [] if dry else list(unnamed(config))
+    if config.cluster.executor == "slurm":
+        reasons += _names(config.cluster)
+    if reasons:
+        raise ConfigError("; ".join(reasons))
 
 
 def over_queue(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conf.check import RUN_NAME, check
+from conf.check_cluster import refuse_nameless
 from conf.schema import Config
 from conf.schema.errors import ConfigError
 from slurm.array_tasks import OPTIONS, TASKS, Asked, Task
@@ -73,11 +74,12 @@ def parse(arguments: Sequence[str]) -> Request:
     )
 
 
-def refuse_bad(config: Config, task: Task) -> None:
+def refuse_bad(config: Config, task: Task, dry: bool = False) -> None:
     """Of a task without the model's ranks, only what it reads."""
     if task.ranks:
-        check(config)
+        check(config, dry=dry)
         return
+    refuse_nameless(config, dry)
     if not RUN_NAME.fullmatch(config.run):
         raise ConfigError(
             f"run={config.run!r} is not a plain directory name; use letters, digits, '.', '_', '-'"

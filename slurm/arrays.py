@@ -54,7 +54,7 @@ def submit(arguments: Sequence[str]) -> None:
     request = parse(arguments)
     config = compose(request.overrides)
     task = TASKS[request.task]
-    refuse_bad(config, task)
+    refuse_bad(config, task, request.dry)
     run = RunDirectory.of(config)
     if config.cluster.executor == "local":
         with run.locked():

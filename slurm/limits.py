@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from conf.check_cluster import cluster_reasons, over_queue
+from conf.check_cluster import over_queue
 from conf.schema import Config
 from conf.schema.errors import ConfigError
 from slurm.job import Job
@@ -22,11 +22,10 @@ def refuse_over_limits(
     counts: dict[str, int] = {}  # of jobs, by the queue whose limit counts them
     limits: dict[str, int] = {}
     for job in jobs:
-        of_job = config if isinstance(config, Config) else config[job.stage]
-        cluster = of_job.cluster
-        reasons += cluster_reasons(of_job)
+        cluster = (config if isinstance(config, Config) else config[job.stage]).cluster
         qos = cluster.qos_of(job.nodes)
-        reasons += over_queue(cluster, job.nodes, job.hours, qos, "the number of nodes")
+        smaller = "parallel.world_size" if job.kind == "segment" else "the number of nodes"
+        reasons += over_queue(cluster, job.nodes, job.hours, qos, smaller)
         largest = cluster.site.max_array_size
         if job.elements is not None and largest is not None and job.elements > largest:
             reasons.append(

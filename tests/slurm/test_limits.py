@@ -75,12 +75,13 @@ def test_each_job_fits_its_queue(changes: dict[str, int], named: str) -> None:
     assert f"cluster.site.queues.{named}" in refused([job(**changes)], config)
 
 
-def test_what_the_configuration_tells_is_said_too_after_detection() -> None:
+def test_an_array_is_judged_by_its_own_hours() -> None:
     config = compose(["cluster=slurm", "++cluster.site.queues={few: {hours: 1, nodes: 1}}"])
     config.cluster.partition = "few"
-    message = refused([job(hours=2)], config)
-    assert message.startswith("3 things to change") and "few.nodes" in message
-    assert message.count("few.hours") == 2  # of the run's settings, and of this job
+    assert config.cluster.hours > 1
+    refuse_over_limits([job(kind="array", elements=4)], config)
+    message = refused([job(hours=2, nodes=2)], config)
+    assert message.startswith("2 things to change") and "lower parallel.world_size" in message
 
 
 def test_small_jobs_go_to_a_queue_that_takes_them() -> None:
