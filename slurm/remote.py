@@ -1,7 +1,7 @@
 """From a laptop: send the committed code to a cluster's login node and run a verb there, over SSH.
 
-    python -m slurm.remote host=user@host [port=22] [identity=KEY] [dir=~/amalia-vl] [python=PYTHON]
-        verb=submit|status|logs|cancel|array WORDS...
+    python -m slurm.remote host=user@host [port=22] [identity=KEY] [dir=~/amalia-vl] [python=]
+        verb=submit|status|logs|cancel|steer|array WORDS...
 
 All that follows `verb=` is given to the verb as it is, there, in `dir`, where `runs/` and `data/`
 lie; so scripts are made by the same renderer, from the same Hydra configuration, on the machine
@@ -31,6 +31,7 @@ VERBS = {
     "status": "slurm.status",
     "logs": "slurm.logs",
     "cancel": "slurm.cancel",
+    "steer": "slurm.steer",
     "array": "slurm.arrays",
 }
 QUEUES = ("submit", "array")  # those that run the code that is sent

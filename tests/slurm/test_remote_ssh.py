@@ -12,6 +12,7 @@ import pytest
 
 from conf.compose import compose
 from conf.snapshot import source_files
+from tests.slurm import processes
 from tests.slurm.loopback_sshd import REPOSITORY, LoopbackSshd, lacking
 from tests.slurm.throwaway import ThrowAwaySlurm
 
@@ -155,18 +156,59 @@ def until(what: Callable[[], bool], seconds: float) -> bool:
 def test_three_stages_from_a_laptop(
     cluster: LoopbackSshd, clone: Path, slurm: ThrowAwaySlurm
 ) -> None:
-    begun = time.monotonic()
     submitted = cluster.remote(*PIPELINE, "run=one", repository=clone)
     assert submitted.returncode == 0, submitted.stderr
-    print(f"{time.monotonic() - begun:.1f} s to: {submitted.stdout}")
     run = cluster.directory / "runs" / "one"
-    assert until(lambda: (run / "stage3" / "DONE.json").exists(), 90), _logs(run)
-    # The jobs ran the run's snapshot of the code that was sent.
-    log = (run / "stage3" / "current.log").read_text()
-    assert f"step 1 of one {run}/code" in log
+    assert until(lambda: (run / "stage3" / "DONE.json").exists(), 120), _logs(run)
     record = json.loads(next(run.glob("stage1/segments/*/job.json")).read_text())
     assert record["job_id"] in submitted.stdout
     assert "commit " + _head(clone) in (run / "env.txt").read_text()
+    # The jobs ran the run's snapshot of the code that was sent.
+    logs = cluster.remote("verb=logs", "run=one", "stage=stage2", repository=clone)
+    assert logs.returncode == 0 and f"step 1 of one {run}/code" in logs.stdout
+    status = cluster.remote("verb=status", "run=one", "refresh=true", repository=clone)
+    assert status.returncode == 0, status.stderr
+    for stage in ("stage1", "stage2", "stage3"):
+        assert re.search(rf"^{stage} +done", status.stdout, re.MULTILINE), status.stdout
+
+
+@pytest.mark.slurm
+def test_following_and_cancelling_from_a_laptop(
+    cluster: LoopbackSshd, clone: Path, slurm: ThrowAwaySlurm
+) -> None:
+    run = cluster.directory / "runs" / "two"
+    (run / "wait").touch()
+    submitted = cluster.remote(*PIPELINE, "run=two", repository=clone)
+    assert submitted.returncode == 0, submitted.stderr
+    with subprocess.Popen(
+        cluster.words("verb=logs", "run=two", "follow=true"),
+        cwd=clone,
+        env=cluster.laptop(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as follower:
+        try:
+            assert follower.stdout is not None
+            followed = next((line for line in follower.stdout if "step 1 of two" in line), "")
+            assert followed and "\r" not in followed
+            assert _followers(cluster)
+        finally:
+            follower.kill()  # the laptop is closed
+    # Nothing of it stays on the login node.
+    assert until(lambda: not _followers(cluster), 20), _followers(cluster)
+
+    cancelled = cluster.remote("verb=cancel", "run=two", "now=true", repository=clone)
+    assert cancelled.returncode == 0, cancelled.stderr
+    queued = ("squeue", "--noheader", "--format=%j %T")
+    assert until(lambda: "two." not in slurm.run(*queued).stdout, 30), slurm.run(*queued).stdout
+    assert not (run / "stage1" / "DONE.json").exists()
+
+
+def _followers(cluster: LoopbackSshd) -> list[str]:
+    """Command lines of what follows a log on the login node."""
+    commands = [processes.command(pid) for pid in processes.pids()]
+    return [line for line in commands if "slurm.logs run=two" in line and "ssh" not in line]
 
 
 def _logs(run: Path) -> str:
