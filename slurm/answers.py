@@ -92,7 +92,11 @@ class NodeRow:
 def parse_squeue(text: str) -> list[QueuedJob]:
     """Parse what `squeue` was asked for. Raises SlurmError where it is something else."""
     jobs = []
-    for row in text.split(_ROW)[1:]:
+    # A name may hold even the separator; id, index and state follow a true one.
+    rows = re.split(rf"{_ROW}(?=\d+{FIELD}[^{FIELD}]*{FIELD}[A-Z_]+{FIELD})", text)
+    if rows[0].strip():
+        raise SlurmError(f"squeue printed {rows[0][:80]!r}, which is not what it was asked for")
+    for row in rows[1:]:
         fields = row.removesuffix("\n").split(FIELD, 14)
         if len(fields) != 15 or not fields[0].isdigit():
             raise SlurmError(f"squeue printed {row[:80]!r}, which is not what it was asked for")

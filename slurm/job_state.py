@@ -19,6 +19,7 @@ ENDED_WELL = ("COMPLETED",)
 _OUTCOMES = {"done": "COMPLETED", "stopped": "COMPLETED", "killed": "KILLED"}
 _OTHERWISE = "FAILED"
 GONE = "ENDED"  # Slurm has forgotten it, and no file says how it ended
+_NAMELESS = "allocation"  # sacct's word while the database has not heard of a job's name yet
 UNKNOWN = "UNKNOWN"  # Slurm does not answer
 
 
@@ -122,7 +123,7 @@ def _recorded(
     mine = [
         job
         for key, job in accounts.items()
-        if key.split("_")[0] == record.job_id and job.name == record.name
+        if key.split("_")[0] == record.job_id and job.name in (record.name, _NAMELESS)
     ]
     state, reason = _ending(record, mine, look, attempts.get(record.stage, ()))
     parts = _NAME.search(record.name)
