@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conf.compose import compose
-from tests.slurm.golden import CLUSTERS, DIRECTORY, recorded, written
+from tests.slurm.golden import CLUSTERS, DIRECTORY, ITEMS, THROTTLE, recorded, written
 from tests.slurm.throwaway import ThrowAwaySlurm
 
 FILES = sorted(path.name for path in DIRECTORY.glob("*.sh"))
@@ -133,22 +133,22 @@ def test_mn5() -> None:
 
 
 def test_deucalion() -> None:
-    for name, text in recorded("deucalion").items():
+    for text in recorded("deucalion").values():
         options = options_of(text)
         assert text.startswith("#!/bin/bash -l\n"), "module load does nothing without it"
         assert "module purge" not in text, "loses MODULEPATH"
-        assert options["mem"] == ("121G" if name == "deucalion_verify.sh" else "0")
+        assert options["mem"] == ("0" if "exclusive" in options else "121G")
         assert options["partition"] == "normal-a100-80" and "qos" not in options
         assert int(options["nodes"]) <= 4 and int(options["time"]) <= 48 * 60
 
 
 def test_leonardo() -> None:
-    for name, text in recorded("leonardo").items():
+    for text in recorded("leonardo").values():
         options = options_of(text)
         assert options["partition"] == "boost_usr_prod" and "qos" not in options
         assert int(options["nodes"]) <= 64 and int(options["time"]) <= 24 * 60
         assert (options["mem"] == "0") == ("exclusive" in options)
-        assert ("gres" in options) == (name != "leonardo_verify.sh")
+        assert ("gres" in options) == ("exclusive" in options)
 
 
 def test_jupiter() -> None:
@@ -169,15 +169,22 @@ def test_any_slurm_without_gpus() -> None:
             assert (options["nodes"], options["ntasks-per-node"]) == ("2", "1")
 
 
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_arrays_are_throttled(cluster: str) -> None:
+    text = text_of(f"{cluster}_array.sh")
+    assert options_of(text)["array"] == f"0-{ITEMS - 1}%{THROTTLE}"
+    assert "log_%a.out" in options_of(text)["output"]
+    assert "exclusive" not in options_of(text)
+
+
+ON_REAL = {"mn5_stage1.sh": "acc", "slurm_stage2.sh": "cpu", "slurm_verify.sh": "cpu"}
+
+
 @pytest.mark.slurm
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [("mn5_stage1.sh", "acc"), ("slurm_stage2.sh", "cpu"), ("slurm_verify.sh", "cpu")],
-)
-def test_a_real_slurm_takes_it(
-    name: str, place: str, slurm: ThrowAwaySlurm, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", [*ON_REAL, "slurm_array.sh"])
+def test_a_real_slurm_takes_it(name: str, slurm: ThrowAwaySlurm, tmp_path: Path) -> None:
     """Every option is one that Slurm knows, on nodes of that shape."""
+    place = ON_REAL.get(name, "cpu")
     shutil.copy(DIRECTORY / name, tmp_path)
     said = slurm.run("sbatch", "--test-only", f"--partition={place}", str(tmp_path / name))
     assert f"in partition {place}" in said.stderr
@@ -185,3 +192,21 @@ def test_a_real_slurm_takes_it(
     bad.write_text(text_of(name).replace("#SBATCH --requeue", "#SBATCH --reque=3"))
     refused = slurm.run("sbatch", "--test-only", f"--partition={place}", str(bad), check=False)
     assert refused.returncode != 0
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("cluster", GPU_SITES)
+def test_each_rank_sees_all_gpus_of_its_node(cluster: str, slurm: ThrowAwaySlurm) -> None:
+    """The words that a site adds to srun, on two nodes of four stand-ins for GPUs."""
+    words = compose([f"cluster={cluster}"]).cluster.site.srun
+    asked = ["--partition=acc", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:4"]
+    # Slurm leaves the variable out, or names all four: CUDA then shows what the node has.
+    show = 'echo "$SLURM_PROCID $SLURM_LOCALID $SLURM_NTASKS ${CUDA_VISIBLE_DEVICES-0,1,2,3}"'
+
+    def rows(*srun: str) -> list[list[str]]:
+        done = slurm.run("srun", *asked, "--cpus-per-task=8", *srun, "sh", "-c", show)
+        return sorted(line.split() for line in done.stdout.splitlines())
+
+    assert rows(*words) == [[str(n), str(n % 4), "8", "0,1,2,3"] for n in range(8)]
+    others = [word for word in words if not word.startswith("--gpu-bind")]
+    assert {row[3] for row in rows(*others, "--gpu-bind=single:1")} == {"0", "1", "2", "3"}

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from slurm import submit
+from slurm import arrays, submit
 
 DIRECTORY = Path(__file__).resolve().parent
 PROJECT = "/project"
@@ -37,17 +37,25 @@ SCRIPTS = {
     "stage3": "stage3/segments/001",
     "verify": "stage1/verify/001",
     "export": "export/001",
+    "array": "arrays/commands/001",
 }
+ITEMS, THROTTLE = 300, 8  # of the array
 
 
 def written(cluster: str, directory: Path) -> dict[str, str]:
     """The scripts that the command writes below `directory`, by their names in this folder."""
-    arguments = ["stages=[stage1,stage2,stage3]", "run=first", "runs_dir=runs", "export=true"]
-    arguments += [f"cluster={cluster}", f"cluster.python={directory}/env/bin/python", "dry=true"]
+    shared = ["run=first", "runs_dir=runs", "dry=true", f"cluster={cluster}", *CLUSTERS[cluster]]
+    shared.append(f"cluster.python={directory}/env/bin/python")
+    lines = [f"item{number:03d} true\n" for number in range(ITEMS)]
+    (directory / "commands.txt").write_text("".join(lines), encoding="utf-8")
+    array = ["task=commands", "file=commands.txt", f"throttle={THROTTLE}", f"elements={ITEMS}"]
     said = io.StringIO()
     with _inside(directory), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        code = submit.main([*arguments, *CLUSTERS[cluster]])
-    assert code == 0, said.getvalue()
+        codes = (
+            submit.main(["stages=[stage1,stage2,stage3]", "export=true", *shared]),
+            arrays.main([*array, *shared]),
+        )
+    assert codes == (0, 0), said.getvalue()
     return {
         f"{cluster}_{name}.sh": _anywhere(directory / "runs/first" / folder, directory)
         for name, folder in SCRIPTS.items()
