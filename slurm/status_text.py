@@ -2,6 +2,8 @@
 
 import math
 import os
+import shutil
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +14,8 @@ from slurm.array_state import ArrayState
 from slurm.job_state import JobState, short
 from slurm.run_state import RunState, StageSummary
 
+WIDTH = 100  # columns, where the terminal does not say
+_NARROWEST = 24  # of the last column
 _STAGES = ("stage", "state", "step", "loss", "tokens/s", "saved", "used", "left")
 _JOBS = ("job", "id", "state", "nodes", "time", "")
 
@@ -25,7 +29,8 @@ def text(state: RunState, every_job: bool = False, now: float | None = None) -> 
         parts.append(f"{_columns([_STAGES, *rows])}\n{_hours(state)}")
     jobs = [job for job in state.jobs if every_job or _tells(job, state)]
     if jobs:
-        parts.append(_columns([_JOBS, *(_job_row(job, now) for job in jobs)]))
+        planned = {stage.files.name: stage.segments for stage in state.stages}
+        parts.append(_columns([_JOBS, *(_job_row(job, planned, now) for job in jobs)]))
     if state.arrays:
         parts.append("\n".join(_array_line(array) for array in state.arrays))
     remarks = _remarks(state)
@@ -136,10 +141,10 @@ def _hours(state: RunState) -> str:
     return f"{words}; by {'Slurm' if by else 'the run'}'s own records"
 
 
-def _job_row(job: JobState, now: float) -> tuple[str, ...]:
+def _job_row(job: JobState, planned: Mapping[str, int], now: float) -> tuple[str, ...]:
     name = short(job.name)
     if job.kind == "segment":
-        name = f"{job.stage} segment {job.number}"
+        name = f"{job.stage} segment {job.number}/{max(job.number, planned.get(job.stage, 0))}"
     elif job.kind == "verify":
         name = f"{job.stage} verify {job.number}"
     elif job.task:
@@ -149,9 +154,7 @@ def _job_row(job: JobState, now: float) -> tuple[str, ...]:
         left = "" if job.left is None else f" of {duration(job.used + job.left)}"
         when = f"{duration(job.used)}{left}"
     elif job.is_live and job.start is not None and job.start > now:
-        when = (
-            f"in {age(job.start - now)}, {time.strftime('%d %b %H:%M', time.localtime(job.start))}"
-        )
+        when = time.strftime("~ %d %b %H:%M", time.localtime(job.start))
     elif not job.is_live and job.used:
         when = duration(job.used)
     why = job.reason
@@ -255,10 +258,16 @@ def _stage_json(stage: StageSummary) -> dict[str, Any]:
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Left-aligned columns, two blanks between; empty ones are left out."""
+    """Left-aligned columns, two blanks between; none that are empty, the last one wrapped."""
     used = [n for n in range(len(rows[0])) if any(row[n] for row in rows[1:])]
-    widths = {n: max(len(clean(row[n])) for row in rows) for n in used}
-    lines = ("  ".join(clean(row[n]).ljust(widths[n]) for n in used) for row in rows)
+    widths = {n: max(len(clean(row[n])) for row in rows) for n in used[:-1]}
+    margin = sum(widths.values()) + 2 * len(widths)
+    room = max(_NARROWEST, shutil.get_terminal_size((WIDTH, 24)).columns - margin)
+    lines = []
+    for row in rows:
+        begin = "".join(f"{clean(row[n]).ljust(widths[n])}  " for n in used[:-1])
+        parts = textwrap.wrap(clean(row[used[-1]]), room, break_on_hyphens=False) or [""]
+        lines += [f"{begin}{parts[0]}", *(" " * margin + part for part in parts[1:])]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -48,7 +48,7 @@ class Programs:
         """The words of every call of `name`."""
         if not self.calls.exists():
             return []
-        lines = self.calls.read_text(encoding="utf-8").splitlines()
+        lines = self.calls.read_text(encoding="utf-8").split("\n")
         return [line.partition("\t")[2] for line in lines if line.split("\t")[0] == name]
 
     def _write(self, name: str, body: str) -> None:
