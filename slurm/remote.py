@@ -119,7 +119,7 @@ def _account(environment: Mapping[str, str]) -> list[str]:
 
 def login_shell(line: str) -> str:
     """A shell line as one that bash runs with the login's settings, whatever shell is theirs."""
-    return f"exec bash -lc {shlex.quote(line)}"
+    return f"exec bash -lc {shlex.quote(line)} </dev/null"
 
 
 def check_command(request: Request, commit: str) -> str:
@@ -248,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     try:
         return run(parse(given))
+    except BrokenPipeError:  # `| head`
+        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush
+        return 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -77,16 +77,7 @@ class Link:
 
     def ask(self, command: str, seconds: int = 60) -> Said:
         """Run a short command and keep what it says. Raises ConfigError when it takes longer."""
-        from invoke.exceptions import CommandTimedOut
-
-        try:
-            result = self._tunnel.run(
-                command, hide=True, warn=True, timeout=seconds, encoding="utf-8"
-            )
-        except CommandTimedOut as error:
-            raise ConfigError(
-                f"{self.host} has not answered for {seconds} s; look whether its file system hangs"
-            ) from error
+        result = self._run(command, hide=True, timeout=seconds)
         return Said(result.stdout, result.stderr, int(result.exited))
 
     def stream(self, command: str, terminal: bool = False) -> int:
@@ -94,13 +85,32 @@ class Link:
 
         With `terminal` the command ends when this connection does, else it runs to its own end.
         """
-        result = self._tunnel.run(command, hide=False, warn=True, pty=terminal, encoding="utf-8")
-        if result.exited < 0:
+        return int(self._run(command, hide=False, pty=terminal).exited)
+
+    def _run(self, command: str, **how: Any) -> Any:
+        import paramiko
+        from invoke.exceptions import CommandTimedOut, ThreadException
+
+        lost: object = "it ended without an exit code"
+        try:
+            result = self._tunnel.run(command, warn=True, encoding="utf-8", **how)
+            if result.exited >= 0:
+                return result
+        except CommandTimedOut as error:
             raise ConfigError(
-                f"the connection to {self.host} was lost, and what was begun there may go on; "
-                "look with `make status`, and give the same command again"
-            )
-        return int(result.exited)
+                f"{self.host} has not answered for {how['timeout']} s; look whether its file "
+                "system hangs"
+            ) from error
+        except ThreadException as error:
+            if any(thread.type is BrokenPipeError for thread in error.exceptions):  # `| head`
+                raise BrokenPipeError from error
+            lost = error.exceptions[0].value
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            lost = _reason(error)
+        raise ConfigError(
+            f"the connection to {self.host} was lost ({lost}), and what was begun there may go "
+            "on; look with `make status`, and give the same command again"
+        )
 
     def put(self, source: Path, target: str) -> None:
         """Copy a file there, by SFTP. Raises ConfigError, OSError."""
