@@ -33,7 +33,7 @@ def find(root: Path, stage: str = "", segment: int | None = None) -> Path | None
     Raises ConfigError on a segment that does not exist.
     """
     if segment is not None:
-        stages = [root / stage] if stage else [path.parent.parent for path in _newest(root, "")]
+        stages = [root / stage] if stage else [link.parent for link in _newest(root, "")]
         if not stages:
             raise ConfigError(f"{root} has no segments yet")
         log = stages[-1] / "segments" / f"{segment:03d}" / LOG
