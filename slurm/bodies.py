@@ -10,6 +10,7 @@ from pathlib import Path
 from conf.schema import Config
 from slurm.render import rank_command, shape, single_command
 from slurm.segment import AGAIN, NOTHING_TO_DO
+from slurm.verify import DONE
 
 # Ports below the range that Linux hands out by itself (32768 up), ten to a job.
 FIRST_PORT, PORT_BLOCKS, PORTS_OF_A_JOB = 15000, 1500, 10
@@ -25,8 +26,9 @@ def segment(config: Config, config_path: Path, stage_dir: Path, segment_dir: Pat
     end = single_command(config, ["slurm.segment", "end", *places])
     settings = ["--config", str(config_path)]
     report = ["--report", str(segment_dir / "preflight")]
-    train = rank_command(config, ["pipeline.train", *settings])
-    preflight = rank_command(config, ["pipeline.preflight", *settings, *report])
+    train = rank_command(config, ["pipeline.train", *settings], may_stop=True)
+    preflight = rank_command(config, ["pipeline.preflight", *settings, *report], may_stop=True)
+    done = shlex.quote(str(stage_dir / DONE))
     first = f"{preflight}\n  code=$?" if cluster.preflight else "code=0  # no preflight"
     limit = int(cluster.hours * 3600)
     return f"""\
@@ -38,8 +40,8 @@ left=$(( ${{SLURM_JOB_END_TIME:-0}} - $(date +%s) ))
 if [ "$left" -le 0 ] || [ "$left" -gt {limit} ]; then left={limit}; fi
 stop_at=$(( $(uptime_seconds) + left - {int(cluster.stop_minutes * 60)} ))
 
-# Slurm's signals go to the ranks, which save and end with 143. This shell only remembers that it
-# was asked to end, so as not to start them again.
+# Slurm's signals go to the ranks, which save and end. This shell only remembers that it was asked
+# to end, so as not to start them again.
 terminated=
 trap 'terminated=--terminated' TERM USR2
 
@@ -63,6 +65,8 @@ while :; do
     export STOP_AFTER_SECONDS=$(( seconds > 1 ? seconds : 1 ))
     {train}
     code=$?
+    # Ranks that were asked to stop return 0, but have not finished.
+    if [ "$code" -eq 0 ] && [ ! -e {done} ]; then code=143; fi
   fi
 
   # Says what comes next. {AGAIN}: the ranks once more, here.

@@ -27,7 +27,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What a rank knows of its place, from the variables that Slurm sets in each task.
 _RANK = (
     "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS "
-    'LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[!0-9]*}; exec "$@"'
+    "LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[!0-9]*}; "
+)
+_EXEC = 'exec "$@"'
+# A rank that was asked to stop has not failed: else srun would end its peers in the midst of their
+# saving, and, as it returns the highest code of all ranks, hide one that has failed.
+_STOPPING = (
+    'trap : TERM INT USR1 USR2; "$@"; code=$?; '
+    "case $code in 130 | 138 | 140 | 143) exit 0 ;; esac; exit $code"
 )
 
 
@@ -109,8 +116,14 @@ def python(config: Config) -> str:
     return config.cluster.python or sys.executable
 
 
-def rank_command(config: Config, module_and_arguments: Sequence[str]) -> str:
-    """The srun line that starts `python -m MODULE ARGUMENTS` once a rank."""
+def rank_command(
+    config: Config, module_and_arguments: Sequence[str], may_stop: bool = False
+) -> str:
+    """The srun line that starts `python -m MODULE ARGUMENTS` once a rank.
+
+    It returns the highest exit code. With `may_stop` a rank that ends by SIGTERM, SIGINT, SIGUSR1
+    or SIGUSR2, or with 128 + one of them, counts as 0.
+    """
     cluster, ranks = config.cluster, config.parallel.world_size
     nodes, ranks_per_node, cpus = shape(config)
     words = ["srun", f"--nodes={nodes}", f"--ntasks={ranks}"]
@@ -119,8 +132,9 @@ def rank_command(config: Config, module_and_arguments: Sequence[str]) -> str:
     if cpus is not None:  # not inherited from the job by every version of Slurm
         words.append(f"--cpus-per-task={cpus}")
     words += ["--kill-on-bad-exit=1", "--unbuffered", "--label", *cluster.site.srun]
+    each = _RANK + (_STOPPING if may_stop else _EXEC)
     inside = f"{_container(config)}{shlex.join([python(config), '-m', *module_and_arguments])}"
-    return f"{shlex.join(words)} \\\n    bash -c {shlex.quote(_RANK)} rank \\\n    {inside}"
+    return f"{shlex.join(words)} \\\n    bash -c {shlex.quote(each)} rank \\\n    {inside}"
 
 
 def single_command(config: Config, words: Sequence[str]) -> str:

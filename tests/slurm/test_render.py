@@ -190,6 +190,10 @@ class Script:
         self.path = root / "submit.sh"
         self.path.write_text(script(job(segment, body=body), config, root / "r" / "code"))
 
+        stage.mkdir(parents=True)
+        self.done = stage / "DONE.json"
+        self.done.touch()
+
     def codes(self, what: str, *codes: int) -> None:
         (self.root / f"code_{what}").write_text("".join(f"{code}\n" for code in codes))
 
@@ -200,7 +204,9 @@ class Script:
             "SLURM_JOB_ID": "4321",
             **variables,
         }
-        return subprocess.Popen(["bash", str(self.path)], env=environment, text=True)
+        return subprocess.Popen(
+            ["bash", str(self.path)], env=environment, text=True, start_new_session=True
+        )
 
     def run(self, **variables: str) -> int:
         return self.start(**variables).wait(timeout=30)
@@ -273,6 +279,18 @@ def test_each_start_of_the_ranks_has_a_name_and_a_port_of_its_own(tmp_path: Path
     assert ports[0] // 10 == ports[1] // 10  # neighbouring jobs never meet
 
 
+@pytest.mark.parametrize("ends", [130, 138, 140, 143])
+def test_ranks_that_stop_on_request_have_not_failed(tmp_path: Path, ends: int) -> None:
+    segment = Script(tmp_path)
+    segment.done.unlink()
+    segment.codes("pipeline.train", ends)
+    assert segment.run() == 0
+    assert "--code 143" in (tmp_path / "calls").read_text().splitlines()[-1]
+    segment.codes("pipeline.train", 137)  # killed: that is a failure
+    segment.run()
+    assert "--code 137" in (tmp_path / "calls").read_text().splitlines()[-1]
+
+
 def test_a_failed_preflight_keeps_the_ranks_from_starting(tmp_path: Path) -> None:
     segment = Script(tmp_path)
     segment.codes("pipeline.preflight", 5)
@@ -292,14 +310,14 @@ def test_without_preflight(tmp_path: Path) -> None:
 def test_a_shell_that_is_asked_to_end_says_so(tmp_path: Path, number: int) -> None:
     segment = Script(tmp_path)
     (tmp_path / "slow").touch()
+    segment.done.unlink()
     segment.codes("end", 0)
     process = segment.start()
     end = time.monotonic() + 20
     while not (tmp_path / "running").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
-    process.send_signal(number)
-    subprocess.run(["pkill", f"-{int(number)}", "-P", str(process.pid)], check=True)
+    os.killpg(process.pid, number)
     assert process.wait(timeout=20) == 0
     assert segment.calls() == ["begin", "pipeline.preflight", "pipeline.train", "end"]
     assert (tmp_path / "calls").read_text().splitlines()[-1].endswith("--code 143 --terminated")
