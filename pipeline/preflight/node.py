@@ -101,7 +101,7 @@ def disk(config: Config, stage_dir: Path, rank: int) -> dict[str, Any]:
             f"{stage_dir} has room for {files} more files (inodes), the checkpoints need "
             f"{need_files}; remove files"
         )
-    return {"disk_free_gb": round(room / GIGA, 1), "disk_need_gb": round(need / GIGA, 1)}
+    return {"disk_free_gb": round(room / GIGA, 3), "disk_need_gb": round(need / GIGA, 3)}
 
 
 def snapshot(run_dir: Path) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def together(config: Config, report: RankReport, seconds: float) -> int:
         notes = "".join(f"; {note}" for note in verdict.notes)
         print(
             f"preflight passed: {len(nodes)} nodes, {report.world_size} ranks, all-reduce "
-            f"{speed:.2f} GB/s, {report.numbers['disk_free_gb']} GB free ("
-            f"{report.numbers['disk_need_gb']} needed), {took:.1f} s together{notes}",
+            f"{speed:.2f} GB/s, {report.numbers['disk_free_gb']:.1f} GB free ("
+            f"{report.numbers['disk_need_gb']:.1f} needed), {took:.1f} s together{notes}",
             flush=True,
         )
     return 0
