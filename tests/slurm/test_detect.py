@@ -34,7 +34,9 @@ TotalCPUs=640 TotalNodes=8 TRES=cpu=640,mem=4T,node=8,billing=640,gres/gpu=32
 PartitionName=gpp Default=NO Hidden=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=0 State=UP \
 TotalCPUs=448 TotalNodes=4 TRES=cpu=448,mem=512000M,node=4,billing=448
 PartitionName=odd Default=NO Hidden=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=0 State=UP \
-TotalCPUs=449 TotalNodes=4 TRES=cpu=449,mem=512000M,node=4,gres/gpu=4"""
+TotalCPUs=449 TotalNodes=4 TRES=cpu=449,mem=512000M,node=4,gres/gpu=4
+PartitionName=half Default=NO Hidden=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=0 State=UP \
+TotalCPUs=448 TotalNodes=4 TRES=cpu=448,mem=512000M,node=4,gres/gpu=6"""
 CONFIG = "MaxArraySize            = 1001\nSelectType              = select/cons_tres"
 
 
@@ -147,10 +149,14 @@ def test_where_sinfo_is_denied_scontrol_tells(monkeypatch: pytest.MonkeyPatch) -
     assert (cpus.gpus_per_node, cpus.cpus_per_node, cpus.memory_gb) == (0, 112, 125)
 
 
-def test_averages_of_different_nodes_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["odd", "half"])
+def test_averages_of_different_nodes_are_not_believed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Answers(monkeypatch, None, PARTITIONS)
-    with pytest.raises(ConfigError, match=r"nodes of partition odd differ.*cluster\.gpus_per_node"):
-        detect(profile("cluster.partition=odd"))
+    message = rf"nodes of partition {name} differ.*cluster\.gpus_per_node"
+    with pytest.raises(ConfigError, match=message):
+        detect(profile(f"cluster.partition={name}"))
 
 
 def test_gpus_that_nobody_counts_are_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
