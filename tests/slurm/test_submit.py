@@ -1,6 +1,8 @@
 """The submit command with a fake training program: order, resuming, refusing, recording."""
 
 import json
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,12 +12,15 @@ from conf.compose import compose, load
 from slurm import local
 from slurm.run_directory import RunDirectory
 from slurm.submit import main
+from tests.slurm import toy_code
+from tests.slurm.fake_slurm import FakeSlurm
 
 # Does what a stage does to a run directory: fails when told to, else one checkpoint and the end.
 FAKE = """
-import hashlib, json, pathlib, sys
+import hashlib, json, os, pathlib, sys
 config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1])
 stage = config.parent
+(stage.parent / "environment").write_text(json.dumps(dict(os.environ)))
 with open(stage.parent / "ran", "a") as ran:
     ran.write(stage.name + "\\n")
 checkpoint = stage / "checkpoints" / "step_0000001"
@@ -225,3 +230,160 @@ def test_dry_run_prints_everything_and_writes_nothing(
     assert f"stage3: would run, {steps} steps of 8 packs of 512 tokens, tiny, 2 processes" in said
     assert "not there yet: stage1 needs the shards" in said
     assert sorted(world.root.rglob("*")) == before
+
+
+def test_this_machine_leaves_the_same_records_as_a_cluster(world: World) -> None:
+    (world.run / "fail_stage1").touch()
+    assert world.submit("stages=[stage1]") == 1
+    (world.run / "fail_stage1").unlink()
+    assert world.submit("stages=[stage1]", "cluster.hours=2", "cluster.stop_minutes=30") == 0
+    lines = (world.run / "stage1" / "attempts.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [event["event"] for event in events] == ["start", "end", "start", "end"]
+    assert [event.get("outcome") for event in events] == [None, "failed", None, "done"]
+    assert [event["segment"] for event in events if event["event"] == "start"] == ["001", "002"]
+    environment = json.loads((world.run / "environment").read_text())
+    assert environment["PYTHONPATH"] == str(world.run / "code")
+    assert environment["PYTHONSAFEPATH"] == "1" and environment["STOP_AFTER_SECONDS"] == "5400"
+    assert environment["ATTEMPT_ID"] == events[-1]["attempt"]
+
+
+def test_a_crash_loop_is_told_and_tried_again(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (world.run / "fail_stage1").touch()
+    for _ in range(4):  # the first makes a step
+        assert world.submit("stages=[stage1]") == 1
+    assert "stage1: had failed before, see" in capfd.readouterr().out
+    (world.run / "fail_stage1").unlink()
+    assert world.submit("stages=[stage1]") == 0
+    assert (world.run / "stage1" / "FAILED-1.json").exists()
+
+
+def test_a_stop_file_holds_this_machine_too(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world.run / "stage1").mkdir()
+    (world.run / "stage1" / "STOP").touch()
+    assert world.submit("stages=[stage1]") == 1
+    said = capsys.readouterr().err
+    assert "remove the file to go on" in said and said.count("\n") == 1 and world.ran() == []
+
+
+def test_an_export_ends_the_pipeline(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = toy_code.write(world.root / "source")
+    monkeypatch.setattr("slurm.run_directory.REPOSITORY", source)
+    assert world.submit(ALL, "export=true") == 0
+    assert (world.run / "hf").is_dir() and (world.run / "export" / "001" / "log.out").exists()
+    assert world.submit(ALL, "export=true") == 0
+    assert not (world.run / "export" / "002").exists()
+    (source / "tools" / "hf_export.py").write_text("raise SystemExit('error: no room')")
+    (world.run / "hf").rmdir()
+    capsys.readouterr()
+    (world.run / "stage3" / "DONE.json").unlink()  # so that the new code is taken
+    assert world.submit(ALL, "export=true") == 1
+    said = capsys.readouterr().err
+    assert "export: error: no room" in said and "export/002/log.out" in said
+
+
+def test_a_stage_whose_checkpoint_is_torn_is_not_built_upon(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    fake = tmp_path / "fake.py"
+    fake.write_text(FAKE + "manifest.write_text('torn')\n")
+    assert world.submit("stages=[stage1,stage2]") == 1
+    assert "MANIFEST.json is not the one that" in capsys.readouterr().err
+    assert world.ran() == ["stage1"]
+
+
+SLURM = ["cluster=slurm", "parallel=dp2", "cluster.detect=false", "stage.gpu_hours=null"]
+
+
+def no_slurm(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    (root / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(root / "empty"))
+
+
+def test_scripts_are_written_without_slurm(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_slurm(monkeypatch, world.root)
+    (world.root / "tokenizer").rmdir()
+    assert world.submit(ALL, *SLURM, "dry=1", "export=true") == 0
+    said = capsys.readouterr().out
+    scripts = sorted(path.relative_to(world.run) for path in world.run.rglob("submit.sh"))
+    assert [str(path.parent) for path in scripts] == [
+        "export/001",
+        *(
+            f"{stage}/{part}"
+            for stage in ("stage1", "stage2", "stage3")
+            for part in ("segments/001", "segments/002", "verify/001")
+        ),
+    ]
+    assert all(str(path) in said for path in scripts) and "nothing is queued" in said
+    assert "not there yet: stage1 needs the tokenizer" in said
+    text = (world.run / "stage2" / "segments" / "001" / "submit.sh").read_text()
+    assert "# begins when test.stage1.verify.001 has succeeded" in text
+    assert "--dependency" not in text  # no job has an id yet
+    assert (world.run / "code" / "slurm" / "submit.py").exists()
+    assert load(world.run / "stage2" / "config.yaml").cluster.name == "slurm"
+    # Once more: the same files, not the next numbers.
+    assert world.submit(ALL, *SLURM, "dry=1", "export=true") == 0
+    assert len(list(world.run.rglob("submit.sh"))) == 10
+
+
+def test_looking_does_not_change_what_queued_jobs_run(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    FakeSlurm(tmp_path / "fake", monkeypatch)
+    assert world.submit("stages=[stage1]", *SLURM) == 0
+    before = (world.run / "stage1" / "config.yaml").read_text()
+    plan = (world.run / "plan.json").read_text()
+    monkeypatch.setattr("slurm.run_directory.REPOSITORY", toy_code.write(tmp_path / "source"))
+    assert world.submit("stages=[stage1]", *SLURM, "cluster.hours=3", "dry=1") == 0
+    assert (world.run / "stage1" / "config.yaml").read_text() == before
+    assert (world.run / "plan.json").read_text() == plan
+
+
+def test_a_machine_without_slurm_is_told_so(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_slurm(monkeypatch, world.root)
+    for words in (SLURM, ["cluster=slurm"]):
+        assert world.submit("stages=[stage1]", *words) == 1
+        said = capsys.readouterr().err
+        assert "not on PATH" in said and said.count("\n") == 1
+    assert not (world.run / "stage1").exists()
+
+
+def test_a_run_directory_that_cannot_be_written(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world.root / "file").touch()
+    for words in ([], [*SLURM, "dry=1"]):
+        assert world.submit("stages=[stage1]", f"runs_dir={world.root / 'file'}", *words) == 1
+        said = capsys.readouterr().err
+        assert str(world.root / "file") in said and said.count("\n") == 1
+
+
+def test_a_pipeline_is_queued_in_less_than_two_seconds_without_torch(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = FakeSlurm(tmp_path / "fake", monkeypatch)
+    code = (
+        "import sys; from slurm.submit import main; code = main(sys.argv[1:]); "
+        "heavy = [m for m in ('torch', 'megatron', 'transformers') if m in sys.modules]; "
+        "sys.exit(code or ', '.join(heavy))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = [*world.base, ALL, *SLURM, "export=true", "yes=true"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert len(fake.queue()) == 10
+    # Time of the processor, for the tests share it with others.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
