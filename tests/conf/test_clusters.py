@@ -145,7 +145,7 @@ def test_refused(name: str, overrides: str, message: str) -> None:
 def test_what_is_allowed_is_not_refused() -> None:
     check(site("mn5", "cluster.exclude=['as04r2b01','as02r3b[04-05]']"))
     check(site("deucalion", "+cluster.site.sbatch.mem=400G"))
-    check(site("deucalion", "cluster.hours=48", "parallel.world_size=4", "cluster.exclusive=false"))
+    check(site("deucalion", "cluster.hours=48", "parallel.world_size=1", "cluster.exclusive=false"))
 
 
 def test_all_of_a_sites_reasons_come_at_once() -> None:

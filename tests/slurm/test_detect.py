@@ -160,7 +160,7 @@ def test_averages_of_different_nodes_are_not_believed(
 
 
 def test_gpus_that_nobody_counts_are_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    uncounted = PARTITIONS.replace(",gres/gpu=32", "").replace(",gres/gpu=4", "")
+    uncounted = PARTITIONS.replace(",gres/gpu=32", "").replace(",gres/gpu=4", "").replace(",gres/gpu=6", "")
     Answers(monkeypatch, None, uncounted)
     with pytest.raises(ConfigError, match=r"does not say whether.*acc have GPUs.*gpus_per_node=N"):
         detect(profile())
