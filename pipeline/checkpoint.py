@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data_shards.durable import sync_directory
 from models.llava_next import LlavaNext
+from pipeline.early_signals import signals_held
 from pipeline.files import digest_and_fsync
 from pipeline.manifest import (
     CheckpointError,
@@ -105,7 +106,8 @@ def save(state: TrainingState, stage_dir: Path, keep: int) -> Path:
         aside.mkdir()
     dist.barrier()
     try:
-        dist_checkpointing.save(state.sharded(loading=False, with_rng=True), str(aside))
+        with signals_held():
+            dist_checkpointing.save(state.sharded(loading=False, with_rng=True), str(aside))
         dist.barrier()
         files = _spread_digests(aside)
     except (CheckpointException, OSError, RuntimeError) as error:

@@ -10,6 +10,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -38,6 +41,23 @@ def disarm() -> None:
         signal.set_wakeup_fd(-1)
         os.write(_sender, _DISARM)
         _sender = None
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Processes that begin meanwhile never see SIGNALS; this one sees them afterwards.
+
+    Slurm signals every process of a rank: a helper that died of it would take along the very
+    checkpoint that the signal asks for.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        # The first spawn would start it, and let SIGINT and SIGTERM through again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _default_in_child() -> None:

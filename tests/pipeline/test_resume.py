@@ -70,6 +70,27 @@ def test_sigterm_saves_and_stops(small_run: SmallRun, unbroken: list[float]) -> 
     assert losses(config) == unbroken
 
 
+@pytest.mark.parametrize("moment", ["between two saves", "in a save"])
+def test_a_signal_to_every_process_of_a_rank(
+    small_run: SmallRun, unbroken: list[float], moment: str
+) -> None:
+    """Slurm signals the helpers that write checkpoints too; they must not die of it."""
+    config = _config(small_run, f"group-{moment[:2]}", "stage.checkpoint.every=4")
+    stage = small_run.stage_dir(config)
+    first = stage / "checkpoints" / "step_00000004" / "MANIFEST.json"
+    processes = start(config)
+    deadline = time.monotonic() + TIMEOUT
+    while not (first.exists() if moment != "in a save" else any(stage.glob("*/.step*/*.distcp"))):
+        assert processes[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    for process in processes:
+        os.killpg(process.pid, signal.SIGTERM)
+    output = processes[0].communicate(timeout=TIMEOUT)[0]
+    assert processes[0].returncode == 128 + signal.SIGTERM, output
+    assert "resumes after step" in train(config)
+    assert losses(config) == unbroken
+
+
 def test_exit_file(small_run: SmallRun, unbroken: list[float]) -> None:
     config = _config(small_run, "exit-file", "stage.checkpoint.every=1000")
     processes = start(config)
