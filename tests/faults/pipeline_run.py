@@ -213,7 +213,7 @@ class PipelineRun:
         return Ended(
             weights={path.name: _sha256(path) for path in exported},
             losses={stage: self.losses(stage) for stage in STAGES},
-            jobs=sum(record["NodeList"] != "(null)" for record in records),
+            jobs=sum(record["NodeList"] not in ("", "(null)") for record in records),
             restarts=sum(int(record["Restarts"]) for record in records),
             attempts=len(starts),
             seconds=time.monotonic() - self.started,

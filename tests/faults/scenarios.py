@@ -9,76 +9,91 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.faults.pipeline_run import EVERY, PipelineRun
 from tests.slurm import processes
 
-Fault = Callable[[PipelineRun, str], None]
+Fault = Callable[[PipelineRun, str, int], None]
+FIRST = EVERY + 1  # step at which a fault comes: past the first checkpoint
 # Long enough for a job that lost its node, or waits for its old credential, to run again.
 PATIENCE = 180
 
 
-def walltime_ends(run: PipelineRun, stage: str) -> None:
-    """The job's time is cut to what is left of its first minute: Slurm warns, then kills."""
-    job = run.until_step(stage)
-    run.slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+def walltime_warns(run: PipelineRun, stage: str, step: int = FIRST) -> None:
+    """The walltime is too short for the stage: ranks are slow until Slurm warns them."""
+    job = run.until_step(stage, step)
+    ranks = run.ranks(job).values()
+    with frozen(ranks):
+        run.until(
+            lambda: all(processes.has_pending(pid, signal.SIGUSR2) for pid in ranks),
+            f"a warning that the time of job {job} ends",
+            PATIENCE,
+        )
     run.until(lambda: run.over(job), f"the end of job {job}", PATIENCE)
 
 
-def requeued(run: PipelineRun, stage: str) -> None:
-    """scontrol requeue, as sysadmins do before maintenance."""
-    job = run.until_step(stage)
+def walltime_ends(run: PipelineRun, stage: str, step: int = FIRST) -> None:
+    """The walltime ends while ranks hang and hear no warning: Slurm kills them."""
+    job = run.until_step(stage, step)
+    with frozen(run.ranks(job).values()):
+        run.until(lambda: run.over(job), f"the end of job {job}", PATIENCE)
+    assert run.slurm.state(job) == "TIMEOUT", run.slurm.job(job)
+
+
+def requeued(run: PipelineRun, stage: str, step: int = FIRST) -> None:
+    """`scontrol requeue`, as sysadmins do before maintenance."""
+    job = run.until_step(stage, step)
     run.slurm.run("scontrol", "requeue", job)
     run.until(lambda: run.restarts(job) == 1, f"restart of job {job}", PATIENCE)
 
 
-def preempted(run: PipelineRun, stage: str) -> None:
-    """A job of a QoS that goes before ours takes every node for some seconds."""
-    run.until_step(stage)
-    nodes = sum(node.startswith("cpu") for node in run.slurm.nodes)
-    words = ("--qos=preemptor", f"--nodes={nodes}", "--exclusive")
-    assert run.slurm.wait(run.slurm.sbatch(*words, wrap="sleep 2"), timeout=PATIENCE) == "COMPLETED"
+def preempted(run: PipelineRun, stage: str, step: int = FIRST) -> None:
+    """A job of a QoS that goes before ours takes our nodes for some seconds."""
+    nodes = run.nodes(run.until_step(stage, step))
+    words = ("--qos=preemptor", f"--nodelist={','.join(nodes)}", "--exclusive")
+    job = run.slurm.sbatch(f"--nodes={len(nodes)}", *words, wrap="sleep 2")
+    assert run.slurm.wait(job, timeout=PATIENCE) == "COMPLETED"
 
 
-def rank_killed(run: PipelineRun, stage: str) -> None:
+def rank_killed(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     """kill -9 of rank 1, as the kernel does when memory is out."""
-    job = run.until_step(stage)
+    job = run.until_step(stage, step)
     os.kill(run.ranks(job)[1], signal.SIGKILL)
 
 
-def ranks_killed(run: PipelineRun, stage: str) -> None:
+def ranks_killed(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     """kill -9 of every rank at once."""
-    job = run.until_step(stage)
+    job = run.until_step(stage, step)
     processes.kill(run.ranks(job).values())
 
 
-def node_dies(run: PipelineRun, stage: str) -> None:
+def node_dies(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     """The second node loses its slurmd and everything on it; it comes back later."""
-    _node_dies(run, stage, 1)
+    _node_dies(run, stage, step, 1)
 
 
-def first_node_dies(run: PipelineRun, stage: str) -> None:
+def first_node_dies(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     """The same for the node that runs the batch script and rank 0."""
-    _node_dies(run, stage, 0)
+    _node_dies(run, stage, step, 0)
 
 
-def _node_dies(run: PipelineRun, stage: str, which: int) -> None:
-    job = run.until_step(stage)
+def _node_dies(run: PipelineRun, stage: str, step: int, which: int) -> None:
+    job = run.until_step(stage, step)
     node = run.nodes(job)[which]
     run.slurm.kill_node(node)
     run.until(lambda: run.noticed(job), f"Slurm noticing that {node} is dead", PATIENCE)
     run.slurm.restart_node(node)
 
 
-def orphans_wake_up(run: PipelineRun, stage: str) -> None:
+def orphans_wake_up(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     """Both nodes hang, Slurm gives the job to others, then the old ranks go on as if nothing was.
 
     Only slurmd and slurmstepd are dead: nobody stops the old ranks but they themselves.
     """
-    job = run.until_step(stage)
+    job = run.until_step(stage, step)
     nodes = run.nodes(job)
     old = run.ranks(job)
     for node in nodes:
@@ -103,18 +118,18 @@ def orphans_wake_up(run: PipelineRun, stage: str) -> None:
         run.slurm.restart_node(node)
 
 
-def node_downed(run: PipelineRun, stage: str) -> None:
+def node_downed(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     """A sysadmin sets a node of the job down, and resumes it later."""
-    job = run.until_step(stage)
+    job = run.until_step(stage, step)
     node = run.nodes(job)[-1]
     run.slurm.update_node(node, "down", "replace the fan")
     run.until(lambda: run.noticed(job), f"the end of job {job} on {node}", PATIENCE)
     run.slurm.update_node(node, "resume")
 
 
-def cancelled(run: PipelineRun, stage: str) -> None:
+def cancelled(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     """The user cancels the running job, sees that nothing goes on, and submits again."""
-    job = run.until_step(stage)
+    job = run.until_step(stage, step)
     run.slurm.run("scancel", *[id for id, (_, name) in run.jobs().items() if stage in name])
     end = time.monotonic() + PATIENCE
     while run.alive():
@@ -123,15 +138,33 @@ def cancelled(run: PipelineRun, stage: str) -> None:
     run.submit()
 
 
-def checkpoint_truncated(run: PipelineRun, stage: str) -> None:
+def checkpoint_truncated(run: PipelineRun, stage: str, step: int = 2 * EVERY) -> None:
     """The newest checkpoint loses the end of a file while the job is requeued."""
-    job = run.until_checkpoint(stage, 2 * EVERY)
+    job = run.until_checkpoint(stage, step)
     run.slurm.run("scontrol", "requeue", job)
     run.until(lambda: not run.ranks(job), f"the end of the ranks of job {job}", PATIENCE)
     newest = max((run.root / stage / "checkpoints").glob("step_*/MANIFEST.json")).parent
     victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     os.truncate(victim, victim.stat().st_size // 2)
     run.until(lambda: "passed over a damaged checkpoint" in run.log(stage), "a warning", PATIENCE)
+
+
+@contextmanager
+def frozen(pids: Iterable[int]) -> Iterator[None]:
+    """Stop processes for a while, as a file system does that hangs."""
+    chosen = list(pids)
+    for pid in chosen:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in chosen:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+# Slurm keeps time in minutes, and warns a minute before the end or half a minute earlier still.
+SHORT = ("stage2:cluster.hours=0.03334", "stage2:cluster.stop_minutes=0.4")
 
 
 @dataclass(frozen=True)
@@ -148,13 +181,14 @@ class Scenario:
 
     @property
     def title(self) -> str:
-        return str(self.fault.__doc__).split("\n")[0]
+        return str(self.fault.__doc__).split("\n")[0].rstrip(".")
 
 
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario(walltime_ends, "stage2"),
+        Scenario(walltime_warns, "stage2", SHORT),
+        Scenario(walltime_ends, "stage2", SHORT),
         Scenario(requeued, "stage1"),
         Scenario(preempted, "stage2"),
         Scenario(rank_killed, "stage2"),
@@ -167,10 +201,3 @@ SCENARIOS = {
         Scenario(checkpoint_truncated, "stage1"),
     )
 }
-
-
-def shards_vanish(run: PipelineRun, stage: str) -> None:
-    """Somebody removes a stage's shards after the pipeline was submitted."""
-    for path in Path(run.shards).glob("*/shards/*"):
-        if path.parent.parent.name == {"stage1": "captions", "stage2": "vqa"}[stage]:
-            path.unlink()
