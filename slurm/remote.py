@@ -43,6 +43,8 @@ SUBMITTING = ("hydra", "omegaconf", "yaml", "submitit")
 TRAINING = ("torch", "megatron", "numpy", "pyarrow", "webdataset", "safetensors", "tokenizers")
 PYTHONS = ((3, 11), (3, 12))
 NO_DIRECTORY, NO_PYTHON = 90, 91  # exit codes of the check's shell lines
+# As in the jobs: nothing from where the command runs, nothing that a module put in its way.
+CLEAN = ("env", "-u", "PYTHONHOME", "-u", "PYTHONPATH", "PYTHONSAFEPATH=1", "PYTHONUNBUFFERED=1")
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def check_command(request: Request, commit: str) -> str:
         "fi\n"
         'case "$python" in "~/"*) python="$HOME/${python#"~/"}";; esac\n'
         f'command -v "$python" >/dev/null || {{ echo "$python" >&2; exit {NO_PYTHON}; }}\n'
-        f'exec env -u PYTHONPATH PYTHONSAFEPATH=1 "$python" {words}'
+        f'exec {shlex.join(CLEAN)} "$python" {words}'
     )
 
 
@@ -151,10 +153,8 @@ def verb_command(request: Request, there: Mapping[str, Any], commit: str) -> str
     directory = there["directory"]
     words = shlex.join(
         [
-            "env",
+            *CLEAN,
             f"PYTHONPATH={directory}/code/{commit}",
-            "PYTHONSAFEPATH=1",
-            "PYTHONUNBUFFERED=1",
             there["python"],
             "-m",
             VERBS[request.verb],
@@ -211,7 +211,7 @@ def send(link: Link, there: Mapping[str, Any], commit: str) -> None:
         incoming = f"code/.incoming-{secrets.token_hex(8)}"
         link.put(package.path, f"{there['directory']}/{incoming}")
     source = Path(remote_host.__file__).read_text(encoding="utf-8")
-    words = ["env", "-u", "PYTHONPATH", "PYTHONSAFEPATH=1", there["python"], "-c", source, "unpack"]
+    words = [*CLEAN, there["python"], "-c", source, "unpack"]
     words += [incoming, package.sha256, commit, *PACKAGES]
     line = f"cd {shlex.quote(there['directory'])} && exec {shlex.join(words)}"
     said = link.ask(login_shell(line), seconds=300)
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; what was begun there goes on to its end", file=sys.stderr)
+        print("error: interrupted; what was begun there may go on, `make status` tells", file=sys.stderr)
         return 130
 
 
