@@ -64,8 +64,8 @@ left=$(( ${SLURM_JOB_END_TIME:-0} - $(date +%s) ))
 if [ "$left" -le 0 ] || [ "$left" -gt 43200 ]; then left=43200; fi
 stop_at=$(( $(uptime_seconds) + left - 600 ))
 
-# Slurm's signals go to the ranks, which save and end with 143. This shell only remembers that it
-# was asked to end, so as not to start them again.
+# Slurm's signals go to the ranks, which save and end. This shell only remembers that it was asked
+# to end, so as not to start them again.
 terminated=
 trap 'terminated=--terminated' TERM USR2
 
@@ -83,7 +83,7 @@ while :; do
   if [ "$code" -ne 0 ]; then exit "$code"; fi
 
   srun --nodes=16 --ntasks=64 --ntasks-per-node=4 --cpus-per-task=72 --kill-on-bad-exit=1 --unbuffered --label --mpi=none --cpu-bind=none --gpu-bind=none --wait=60 \
-    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[!0-9]*}; exec "$@"' rank \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[!0-9]*}; trap : TERM INT USR1 USR2; "$@"; code=$?; case $code in 130 | 138 | 140 | 143) exit 0 ;; esac; exit $code' rank \
     /project/env/bin/python -m pipeline.preflight --config /project/runs/first/stage2/config.yaml --report /project/runs/first/stage2/segments/001/preflight
   code=$?
   if [ -n "$terminated" ] && [ "$code" -eq 0 ]; then code=143; fi
@@ -91,9 +91,11 @@ while :; do
     seconds=$(( stop_at - $(uptime_seconds) ))
     export STOP_AFTER_SECONDS=$(( seconds > 1 ? seconds : 1 ))
     srun --nodes=16 --ntasks=64 --ntasks-per-node=4 --cpus-per-task=72 --kill-on-bad-exit=1 --unbuffered --label --mpi=none --cpu-bind=none --gpu-bind=none --wait=60 \
-    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[!0-9]*}; exec "$@"' rank \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%[!0-9]*}; trap : TERM INT USR1 USR2; "$@"; code=$?; case $code in 130 | 138 | 140 | 143) exit 0 ;; esac; exit $code' rank \
     /project/env/bin/python -m pipeline.train --config /project/runs/first/stage2/config.yaml
     code=$?
+    # Ranks that were asked to stop return 0, but have not finished.
+    if [ "$code" -eq 0 ] && [ ! -e /project/runs/first/stage2/DONE.json ]; then code=143; fi
   fi
 
   # Says what comes next. 75: the ranks once more, here.
