@@ -11,6 +11,16 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 
 import pytest  # noqa: E402
 
+# A real Slurm, for every room: here so that one of a kind serves the whole session.
+from tests.slurm.fixtures import (  # noqa: E402, F401
+    slurm,
+    slurm_accounting,
+    slurm_accounting_session,
+    slurm_session,
+    slurm_user,
+    slurm_user_session,
+)
+
 
 def _no_gpu() -> str:
     import torch
