@@ -255,7 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; what was begun there may go on, `make status` tells", file=sys.stderr)
+        print(
+            "error: interrupted; what was begun there may go on, `make status` tells",
+            file=sys.stderr,
+        )
         return 130
 
 
