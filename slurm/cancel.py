@@ -27,6 +27,7 @@ from slurm.run_state import readable_records, runs_here
 from slurm.stage_state import read as read_stage
 from slurm.status_text import age, clean
 from slurm.steer import EXIT, touch
+from slurm.verify import DONE
 
 KNOWN = {"run": "", "runs_dir": words.RUNS, "stage": "", "now": ""}
 
@@ -94,9 +95,11 @@ def _cancel_waiting(ids: Sequence[str]) -> None:
 
 
 def _stop_running(root: Path, running: Sequence[JobState], now: bool) -> list[str]:
+    ending = [job for job in running if job.kind == "segment" and not now and _is_done(root, job)]
+    running = [job for job in running if job not in ending]
     saving = [job for job in running if job.kind == "segment" and not now]
     at_once = [job for job in running if job not in saving and job.state != "COMPLETING"]
-    said = []
+    said = [f"its stage is done, it is ending: {_named(ending)}"] if ending else []
     if at_once:
         commands.scancel([job.job_id for job in at_once])
         said.append(f"cancelled while running: {_named(at_once)}")
@@ -110,6 +113,10 @@ def _stop_running(root: Path, running: Sequence[JobState], now: bool) -> list[st
         commands.scancel(ids, signal="USR2")
         said.append(f"asked to save and end: {_named(saving)}; `make status` shows when it has")
     return said
+
+
+def _is_done(root: Path, job: JobState) -> bool:
+    return (root / job.stage / DONE).exists()
 
 
 def _stop_local(root: Path, stage: str) -> list[str]:

@@ -8,7 +8,7 @@ from slurm.answers import AccountedJob, QueuedJob
 from slurm.attempts import Attempt
 from slurm.job import JobRecord
 from slurm.queue_look import QueueLook
-from slurm.reasons import in_words
+from slurm.reasons import failed_before, in_words
 
 # Name of a job, behind the run's: stage2.003, stage2.verify.001, export.001, evaluate.002.next.
 _NAME = re.compile(
@@ -93,13 +93,16 @@ def _merge(
     # Of an array: its most telling element.
     job = (running or live or bad or list(queued))[0]
     reason = in_words(job.reason, job.job_id)
-    waits = _waits(job.dependency, names) if job.reason == "Dependency" else ""
+    if live and job.reason == "Dependency" and job.dependency:
+        reason = f"waits for {_waits(job.dependency, names)}"
+    elif not live and job.state == "CANCELLED" and not job.used and not failed_before(job.reason):
+        reason = "cancelled before it began"  # the reason is that for which it was waiting
     return JobState(
         **{
             **vars(state),
             "state": job.state,
             "is_live": bool(live),
-            "reason": f"waits for {waits}" if waits else reason,
+            "reason": reason,
             "nodes": job.nodes,
             "node_list": job.node_list,
             "start": job.start,
@@ -190,13 +193,18 @@ def _unrecorded(job: QueuedJob) -> JobState:
 
 
 def _waits(dependency: str, names: Mapping[str, str]) -> str:
-    """ "afterok:12(unfulfilled),afterany:13" -> "success of stage1.verify.001 and end of ..."."""
+    """ "afterok:12(unfulfilled),afterany:13:14" -> "success of stage1.verify.001, end of ..."."""
     parts = []
     for kind, ids in re.findall(r"(after\w*):([\d:_*()a-z]+)", dependency):
-        for job_id in re.findall(r"\d+", ids):
-            name = names.get(job_id, job_id)
-            parts.append(f"{'success' if kind == 'afterok' else 'end'} of {short(name)}")
-    return " and ".join(dict.fromkeys(parts))
+        waited = [short(names.get(job_id, job_id)) for job_id in re.findall(r"\d+", ids)]
+        parts.append((kind, waited))
+    words = []
+    for kind in dict.fromkeys(kind for kind, _ in parts):
+        waited = list(dict.fromkeys(name for other, ids in parts if other == kind for name in ids))
+        if len(waited) > 2:
+            waited = [f"{waited[0]} to {waited[-1].rpartition('.')[2]}"]
+        words.append(f"{'success' if kind == 'afterok' else 'end'} of {', '.join(waited)}")
+    return " and ".join(words)
 
 
 def short(name: str) -> str:

@@ -46,3 +46,8 @@ def in_words(reason: str, job_id: str = "") -> str:
         if re.match(pattern, word):
             return f"{word}: {words.format(id=job_id)}"
     return word
+
+
+def failed_before(reason: str) -> bool:
+    """Whether a job never began because what it depends on failed."""
+    return reason.startswith("DependencyNeverSatisfied")

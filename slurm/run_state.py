@@ -166,7 +166,7 @@ def _hours_left(
     if stage.step_seconds is not None and stage.steps is not None:
         return max(0, stage.steps - stage.step) * stage.step_seconds / 3600 * width
     hours = planned.get("gpu_hours")
-    return float(hours) if isinstance(hours, int | float) and not stage.has_begun else None
+    return float(hours) if isinstance(hours, int | float) and not stage.step else None
 
 
 def _gpus(stage: StageState, jobs: Sequence[JobState]) -> int:

@@ -30,7 +30,8 @@ def text(state: RunState, every_job: bool = False, now: float | None = None) -> 
     jobs = [job for job in state.jobs if every_job or _tells(job, state)]
     if jobs:
         planned = {stage.files.name: stage.segments for stage in state.stages}
-        parts.append(_columns([_JOBS, *(_job_row(job, planned, now) for job in jobs)]))
+        groups = [[job] for job in jobs] if every_job else _grouped(jobs)
+        parts.append(_columns([_JOBS, *(_job_row(group, planned, now) for group in groups)]))
     if state.arrays:
         parts.append("\n".join(_array_line(array) for array in state.arrays))
     remarks = _remarks(state)
@@ -123,28 +124,45 @@ def _stage_row(stage: StageSummary, now: float) -> tuple[str, ...]:
         "" if files.loss is None else f"{files.loss:.4f}",
         "" if files.tokens_per_second is None else f"{files.tokens_per_second:,.0f}",
         saved,
-        f"{stage.hours_used:,.1f}",
-        "?" if stage.hours_left is None else f"{stage.hours_left:,.1f}",
+        _amount(stage.hours_used),
+        "?" if stage.hours_left is None else _amount(stage.hours_left),
     )
 
 
 def _hours(state: RunState) -> str:
     used = sum(stage.hours_used for stage in state.stages) + state.other_hours_used
     left = _sum([stage.hours_left for stage in state.stages])
-    known = "unknown" if left is None else f"{left:,.1f}"
-    words = f"{state.unit}: {used:,.1f} used, {known} left"
+    known = "unknown" if left is None else _amount(left)
+    words = f"{state.unit}: {_amount(used)} used, {known} left"
     if state.cost is not None and state.unit == "GPU-hours":
         unit, rate = state.cost
-        more = "" if left is None else f", {left * rate:,.0f} left"
-        words += f" ({used * rate:,.0f} {unit} used{more})"
+        more = "" if left is None else f", {_amount(left * rate)} left"
+        words += f" ({_amount(used * rate)} {unit} used{more})"
     by = state.look is not None and state.look.accounts is not None
-    return f"{words}; by {'Slurm' if by else 'the run'}'s own records"
+    source = "Slurm's accounting" if by else "the run's own records"
+    return f"{words}, by {source}"
 
 
-def _job_row(job: JobState, planned: Mapping[str, int], now: float) -> tuple[str, ...]:
+def _grouped(jobs: Sequence[JobState]) -> list[list[JobState]]:
+    """Segments that only wait for the one before them stand together."""
+    groups: list[list[JobState]] = []
+    for job in jobs:
+        before = groups[-1][-1] if groups else job
+        follows = (before.kind, before.stage, before.state) == ("segment", job.stage, "PENDING")
+        if groups and job.kind == "segment" and job.state == "PENDING" and follows:
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return groups
+
+
+def _job_row(group: Sequence[JobState], planned: Mapping[str, int], now: float) -> tuple[str, ...]:
+    job, last = group[0], group[-1]
+    job_id = job.job_id if job is last else f"{job.job_id}-{last.job_id}"
     name = short(job.name)
     if job.kind == "segment":
-        name = f"{job.stage} segment {job.number}/{max(job.number, planned.get(job.stage, 0))}"
+        numbers = f"{job.number}" if job is last else f"{job.number}-{last.number}"
+        name = f"{job.stage} segment {numbers}/{max(last.number, planned.get(job.stage, 0))}"
     elif job.kind == "verify":
         name = f"{job.stage} verify {job.number}"
     elif job.task:
@@ -160,7 +178,9 @@ def _job_row(job: JobState, planned: Mapping[str, int], now: float) -> tuple[str
     why = job.reason
     if job.is_running and job.elements is None:
         why = job.node_list
-    return (name, job.job_id, job.state, str(job.nodes or ""), when, why)
+    if job is not last:
+        why = f"{why}; one after the other" if why else "one after the other"
+    return (name, job_id, job.state, str(job.nodes or ""), when, why)
 
 
 def _array_line(array: ArrayState) -> str:
@@ -190,7 +210,7 @@ def _remarks(state: RunState) -> list[str]:
             found.append(f"{files.name}: last attempt {files.last_error}")
         if (files.failure or stage.state == "failed") and files.log:
             found.append(f"  log: {_near(files.log)}")
-        found += [_trigger(path) for path in files.triggers]
+        found += [_trigger(path) for path in files.triggers if not files.is_done]
         if stage.state == "paused":
             found.append(
                 f"{files.name}: nothing of it is queued; the command that submitted it goes on "
@@ -206,8 +226,8 @@ def _remarks(state: RunState) -> list[str]:
 def _trigger(path: str) -> str:
     name = Path(path).name
     meaning = {
-        "SAVE": "the next step will be saved",
-        "EXIT": "the segment will save and end; the next one goes on",
+        "SAVE": "the next step is saved",
+        "EXIT": "the segment that trains saves and ends",
         "STOP": "nothing starts until it is removed",
     }
     return f"{_near(path)} is there: {meaning[name]}"
@@ -269,6 +289,11 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
         parts = textwrap.wrap(clean(row[used[-1]]), room, break_on_hyphens=False) or [""]
         lines += [f"{begin}{parts[0]}", *(" " * margin + part for part in parts[1:])]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _amount(hours: float) -> str:
+    """Two digits behind the point for little, none for much."""
+    return f"{hours:,.{2 if hours < 10 else 1 if hours < 1000 else 0}f}"
 
 
 def _near(path: str) -> str:

@@ -87,6 +87,14 @@ def test_pending_jobs_are_held_then_cancelled_and_running_segments_asked(
     assert not (run.root / ".status.json").exists(), "status asks anew"
 
 
+def test_a_segment_whose_stage_is_done_is_left_to_end(run: WatchedRun, programs: Programs) -> None:
+    chain(run)
+    run.done("stage1", 100)
+    programs.answers("squeue", out=squeue_row("11", "stage1.001", "RUNNING"))
+    assert cancel(run.root)[0] == "its stage is done, it is ending: stage1.001 (11)"
+    assert not programs.called("scancel") and not (run.root / "stage1" / "EXIT").exists()
+
+
 def test_now_waits_for_nothing(run: WatchedRun, programs: Programs) -> None:
     programs.answers("squeue", out=chain(run))
     programs.answers("scontrol")

@@ -198,7 +198,7 @@ def test_scancel_of_jobs_that_are_gone_is_no_error(programs: Programs) -> None:
 @pytest.mark.slurm
 def test_a_real_queue_with_odd_names(slurm: ThrowAwaySlurm, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    script.write_text("#!/bin/sh\nsleep 60\n")
+    script.write_text("#!/bin/sh\n#SBATCH --output=/dev/null\nsleep 60\n")
     name, comment = "odd |; ü $(x) %j\nline\x1e", "amalia-vl:/a b/c|d"
     first = commands.sbatch(script, [f"--job-name={name}", f"--comment={comment}"])
     second = commands.sbatch(script, [f"--dependency=afterok:{first}"])
@@ -219,7 +219,7 @@ def test_a_real_queue_with_odd_names(slurm: ThrowAwaySlurm, tmp_path: Path) -> N
 @pytest.mark.slurm
 def test_a_real_refusal_and_test_only(slurm: ThrowAwaySlurm, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    script.write_text("#!/bin/sh\n#SBATCH --partition=acc --nodes=2\ntrue\n")
+    script.write_text("#!/bin/sh\n#SBATCH --partition=acc --nodes=2 --output=/dev/null\ntrue\n")
     assert "to start at" in commands.test_only(script)
     with pytest.raises(SlurmError, match="Requested node configuration is not available"):
         commands.sbatch(script, ["--gpus-per-node=9"])
@@ -235,7 +235,7 @@ def test_a_real_refusal_and_test_only(slurm: ThrowAwaySlurm, tmp_path: Path) -> 
 @pytest.mark.slurm
 def test_real_accounts(slurm_accounting: ThrowAwaySlurm, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    script.write_text("#!/bin/sh\nsleep 2; exit 3\n")
+    script.write_text("#!/bin/sh\n#SBATCH --output=/dev/null\nsleep 2; exit 3\n")
     job = commands.sbatch(script, ["--partition=acc", "--gpus-per-node=2", "--job-name=x.stage1.1"])
     slurm_accounting.wait(job)
     end = time.monotonic() + 20

@@ -103,7 +103,7 @@ def test_hours_used_and_left(run: WatchedRun, programs: Programs) -> None:
     assert hours["stage2"][1] == pytest.approx(60 * 0.5 / 3600 * 8)
     assert hours["stage3"] == (0.0, 10.0)  # as planned
     assert value["unit"] == "GPU-hours" and not value["accounting"]
-    assert "(5 node-hours used, 3 left); by the run's own records" in status(run.words)
+    assert "(5.00 node-hours used, 2.52 left), by the run's own records" in status(run.words)
 
 
 def test_accounting_wins_over_the_runs_own_records(run: WatchedRun, programs: Programs) -> None:
@@ -115,7 +115,7 @@ def test_accounting_wins_over_the_runs_own_records(run: WatchedRun, programs: Pr
     assert value["accounting"]
     assert value["stages"][0]["hours_used"] == pytest.approx(16.0)
     assert value["stages"][1]["hours_used"] == pytest.approx(12.0, rel=1e-3)  # its id, not its name
-    assert "by Slurm's own records" in status(run.words)
+    assert "by Slurm's accounting" in status(run.words)
 
 
 def test_one_squeue_one_sacct_a_minute(
@@ -227,7 +227,7 @@ def test_stop_files_and_excluded_nodes(run: WatchedRun, programs: Programs) -> N
     (run.root / "exclude_nodes.json").write_text(json.dumps(entry))
     told = status(run.words)
     assert "stage1  stopped" in told and "nothing starts until it is removed" in told
-    assert "the next step will be saved" in told
+    assert "the next step is saved" in told
     assert "node as07 is avoided: no device 3" in told
     (run.root / "exclude_nodes.json").write_text("[1")
     assert "exclude_nodes.json is damaged" in status(run.words)
@@ -243,6 +243,40 @@ def test_damaged_files_do_not_stop_it(run: WatchedRun, programs: Programs) -> No
     damaged.write_text("{}")
     told = status(run.words)
     assert f"{damaged} is damaged" in told and "stage1  done" in told
+
+
+def test_segments_that_only_wait_for_each_other_are_one_line(
+    run: WatchedRun, programs: Programs
+) -> None:
+    run.plan("stage1")
+    rows = squeue_row("11", "demo.stage1.001", "RUNNING", used="1:00", left="UNLIMITED")
+    run.record("stage1.001", "11")
+    for number in range(2, 6):
+        run.record(f"stage1.{number:03d}", str(10 + number))
+        after = f"afterany:{9 + number}(unfulfilled)"
+        rows += squeue_row(
+            str(10 + number), f"demo.stage1.{number:03d}", "PENDING", "Dependency", dependency=after
+        )
+    run.record("stage1.verify.001", "16", "verify")
+    after = "afterok:7(unfulfilled),afterany:11:12:13:14:15(unfulfilled)"
+    rows += squeue_row("16", "demo.stage1.verify.001", "PENDING", "Dependency", dependency=after)
+    programs.answers("squeue", out=rows)
+    lines = status(run.words).splitlines()
+    (together,) = [line for line in lines if "12-15" in line]
+    assert together.startswith("stage1 segment 2-5/5") and "end of stage1.001" in together
+    text = " ".join(" ".join(lines).split())
+    assert "waits for success of 7 and end of stage1.001 to 005" in text
+    assert (
+        len([line for line in status([*run.words, "all=true"]).splitlines() if "/5" in line]) == 5
+    )
+
+
+def test_an_ended_job_does_not_tell_why_it_once_waited(run: WatchedRun, programs: Programs) -> None:
+    run.plan("stage1")
+    run.record("stage1.001", "11")
+    programs.answers("squeue", out=squeue_row("11", "demo.stage1.001", "CANCELLED", "JobHeldUser"))
+    told = status(run.words)
+    assert "cancelled before it began" in told and "release" not in told
 
 
 def test_jobs_that_only_slurm_knows_of(run: WatchedRun, programs: Programs) -> None:
