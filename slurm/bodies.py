@@ -97,27 +97,29 @@ def export_words(config: Config, stage_dir: Path, out: Path) -> list[str]:
 
 def master(config: Config) -> str:
     """Lines that find the address at which the ranks meet: this node's, which holds rank 0."""
+    if shape(config)[0] == 1:
+        return "export MASTER_ADDR=127.0.0.1\n"
     interface = config.cluster.site.master_interface
     lines = ["# Where the ranks meet: this node, as a number, for its name may mean loopback."]
     lines.append("host=${SLURMD_NODENAME:-$(hostname)}")
     lines.append("MASTER_ADDR=")
     if interface is not None:
         lines.append(
-            f"MASTER_ADDR=$(PATH=$PATH:/usr/sbin:/sbin ip -4 -o address show dev "
+            "MASTER_ADDR=$(PATH=$PATH:/usr/sbin:/sbin ip -4 -o address show dev "
             f'{shlex.quote(interface)} | awk \'NR == 1 {{ sub("/.*", "", $4); print $4 }}\')'
         )
-    lines.append(
-        'if [ -z "$MASTER_ADDR" ]; then\n'
-        "  MASTER_ADDR=$(getent ahostsv4 \"$host\" | awk 'NR == 1 { print $1 }')\n"
-        "fi"
-    )
-    if shape(config)[0] > 1:
-        lines.append(
-            'case "$MASTER_ADDR" in "" | 127.*)\n'
-            '  address=$(scontrol show node "$host" 2>/dev/null |\n'
-            "    sed -n 's/.*NodeAddr=\\([0-9][0-9.]*\\) .*/\\1/p')\n"
-            "  MASTER_ADDR=${address:-$MASTER_ADDR} ;;\n"
-            "esac"
-        )
-    lines.append("export MASTER_ADDR=${MASTER_ADDR:-$host}\n")
+    lines.append(_BY_NAME)
     return "\n".join(lines)
+
+
+_BY_NAME = """\
+if [ -z "$MASTER_ADDR" ]; then
+  MASTER_ADDR=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }')
+fi
+case "$MASTER_ADDR" in "" | 127.*)
+  address=$(scontrol show node "$host" 2>/dev/null |
+    sed -n 's/.*NodeAddr=\\([0-9][0-9.]*\\) .*/\\1/p')
+  MASTER_ADDR=${address:-$MASTER_ADDR} ;;
+esac
+export MASTER_ADDR=${MASTER_ADDR:-$host}
+"""

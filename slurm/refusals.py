@@ -64,7 +64,7 @@ def refuse_live_changes(
 
 def refuse_queued(run: RunDirectory) -> None:
     """ConfigError when batch jobs of the run are live, before it is run on this machine."""
-    if not any(True for _ in records(run.root)):
+    if not any(records(run.root)):
         return
     try:
         live = queue_state.live(run)

@@ -113,7 +113,8 @@ def comment(run: Path) -> str:
 
 def python(config: Config) -> str:
     """Interpreter of the jobs; not resolved, for a virtual environment's is a link."""
-    return config.cluster.python or sys.executable
+    here = "python3" if config.cluster.site.container else sys.executable
+    return config.cluster.python or here
 
 
 def rank_command(

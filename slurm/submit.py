@@ -47,11 +47,8 @@ def submit(arguments: Sequence[str]) -> None:
     run = RunDirectory.of(first)
     refuse_changes(run, configs)
     if first.cluster.executor == "slurm":
-        if request.dry:
-            _write_scripts(request, run, configs)
-        else:
-            with run.locked():
-                _queue(request, run, configs)
+        with run.locked():
+            (_write_scripts if request.dry else _queue)(request, run, configs)
     elif request.dry or request.test_only:
         run_local.show(run, configs)
     else:
@@ -65,10 +62,7 @@ def _write_scripts(request: Request, run: RunDirectory, configs: Mapping[str, Co
     to_run = [stage.name for stage in stages if stage.state != "done"]
     jobs = chain(run, configs, to_run, LiveJobs(), request.export)
     refuse_over_limits(jobs, configs, None)
-    if any(True for _ in records(run.root)):
-        print(f"note: {run.root} has been submitted before; its settings and code stay as they are")
-    else:
-        _record(run, configs, to_run, stages)
+    _record_if_new(run, configs, to_run, stages)
     for job in jobs:
         sbatch.write_script(job, configs[job.stage], run, "", excluded_nodes(run.root))
     print(f"run {run.root} on {_first(configs).cluster.name}: nothing is queued (dry=true)")
@@ -104,7 +98,7 @@ def _queue(request: Request, run: RunDirectory, configs: Mapping[str, Config]) -
         return
     exclude = excluded_nodes(run.root)
     if request.test_only:
-        _record(run, configs, new, stages)
+        _record_if_new(run, configs, new, stages)
         _ask(jobs, run, configs, exclude)
         return
     plans.confirm(stages, _first(configs), request.yes)
@@ -142,6 +136,19 @@ def _record(
     stages: Sequence[plans.StagePlan],
 ) -> None:
     run.record({name: configs[name] for name in names}, plans.as_json(run, stages))
+
+
+def _record_if_new(
+    run: RunDirectory,
+    configs: Mapping[str, Config],
+    names: Sequence[str],
+    stages: Sequence[plans.StagePlan],
+) -> None:
+    """For scripts that are only looked at: what has been submitted or has begun stays as it is."""
+    if any(run.has_begun(name) for name in run.recorded()) or any(records(run.root)):
+        print(f"note: {run.root} has been submitted before; its settings and code stay as they are")
+    else:
+        _record(run, configs, names, stages)
 
 
 def _first(configs: Mapping[str, Config]) -> Config:
