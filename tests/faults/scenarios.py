@@ -96,18 +96,18 @@ def orphans_wake_up(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     job = run.until_step(stage, step)
     nodes = run.nodes(job)
     old = run.ranks(job)
+    # Daemons first: the kernel wakes up, and ends, stopped processes that lose their parent.
     for node in nodes:
-        orphans = run.slurm.node_pids(node)["jobs"]
-        for pid in orphans:
-            os.kill(pid, signal.SIGSTOP)
         run.slurm.kill_node(node, jobs=False)
-    frozen = [pid for node in nodes for pid in run.slurm.node_pids(node)["jobs"]]
-    assert set(old.values()) <= set(frozen), (old, frozen)
+    hung = [pid for node in nodes for pid in run.slurm.node_pids(node)["jobs"]]
+    for pid in hung:
+        os.kill(pid, signal.SIGSTOP)
+    assert set(old.values()) <= set(hung), (old, hung)
     before = run.attempts(stage)
     run.until(lambda: run.attempts(stage) > before, "a new attempt on other nodes", PATIENCE)
     new = run.running(stage)
     run.until(lambda: len(run.ranks(new, but=old.values())) == 2, "new ranks", PATIENCE)
-    for pid in frozen:
+    for pid in hung:
         if processes.alive(pid):
             os.kill(pid, signal.SIGCONT)
     gone = time.monotonic() + 60
