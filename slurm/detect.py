@@ -1,7 +1,8 @@
 """Ask the Slurm at hand what a cluster profile leaves open: nodes' shape and partitions' limits.
 
-`sinfo` tells both; where a site denies it, `scontrol show partition` tells averages.  What the
-profile or the command line states is never overwritten.
+`sinfo` tells both; where a site denies it, `scontrol show partition` tells averages.  The limits of
+the QoS, if one is given, come from `sacctmgr`, where there is accounting.  What the profile or the
+command line states is never overwritten.
 """
 
 import copy
@@ -77,6 +78,8 @@ def detect(cluster: ClusterConfig) -> ClusterConfig:
             nodes=min(nodes.count, most) if most else nodes.count,
             min_nodes=max(1, _number(limits.get("MinNodes", "")) or 1),
         )
+        if cluster.qos is not None:
+            _add_qos(found, cluster.qos, found.site.queues[name])
     if found.site.max_array_size is None:
         found.site.max_array_size = _max_array_size()
     return found
@@ -89,6 +92,55 @@ def _fill_shape(cluster: ClusterConfig, nodes: Nodes) -> None:
     cluster.cpus_per_node = cluster.cpus_per_node or nodes.cores or None
     # 1 MB is what Slurm says where nobody has told it.
     cluster.memory_gb = cluster.memory_gb or nodes.memory_mb // 1024 or None
+
+
+_QOS = (
+    "MaxWall",
+    "MaxSubmitJobsPU",
+    "MaxJobsPU",
+    "MaxTRESPerJob",
+    "MaxTRESPerUser",
+    "MinTRESPerJob",
+)
+
+
+def _add_qos(cluster: ClusterConfig, qos: str, partition: QueueConfig) -> None:
+    """List the QoS with its limits and those of the partition, as both hold."""
+    words = ["sacctmgr", "-n", "-P", "show", "qos", "where", f"name={qos}"]
+    try:
+        lines = commands.run([*words, f"format={','.join(_QOS)}"]).splitlines()
+    except SlurmError:
+        return  # no accounting, no QoS
+    fields = lines[0].split("|") if lines else []
+    if len(fields) != len(_QOS):
+        return  # no such QoS: sbatch will say so
+    wall, submitted, running, of_job, of_user, least = fields
+    most = [_nodes_within(limit, cluster) for limit in (of_job, of_user)]
+    cluster.site.queues[qos] = QueueConfig(
+        hours=min(partition.hours, hours_of(wall)),
+        nodes=min(n for n in (partition.nodes, *most) if n is not None),
+        min_nodes=max(partition.min_nodes, _tres(least).get("node", 1)),
+        submitted=_number(submitted),
+        running=_number(running),
+    )
+
+
+def _nodes_within(limit: str, cluster: ClusterConfig) -> int | None:
+    """Nodes (one at least) that "node=8,gres/gpu=16" allows; None where it is no limit."""
+    of_a_node = {
+        "node": 1,
+        "gres/gpu": cluster.gpus_per_node,
+        "cpu": cluster.cpus_per_node or 0,
+    }
+    tres = _tres(limit)
+    allowed = [max(1, tres[key] // n) for key, n in of_a_node.items() if n and key in tres]
+    return min(allowed, default=None)
+
+
+def _tres(text: str) -> dict[str, int]:
+    """Whole numbers of Slurm's "cpu=8,mem=2G,node=1"."""
+    pairs = (pair.split("=", 1) for pair in text.split(",") if "=" in pair)
+    return {key: int(value) for key, value in pairs if value.isdigit()}
 
 
 def _partitions_if_told() -> list[dict[str, str]]:
@@ -136,11 +188,11 @@ def _from_scontrol(
         raise ConfigError(
             f"cluster.partition={name}: one partition at a time where sinfo is denied"
         )
-    tres = dict(pair.split("=", 1) for pair in words.get("TRES", "").split(",") if "=" in pair)
+    tres = _tres(words.get("TRES", ""))
     count = _number(words.get("TotalNodes", "")) or 0
     cores = _number(words.get("TotalCPUs", "")) or 0
-    gpus = _number(tres.get("gres/gpu", "")) or 0
-    memory = _megabytes(tres.get("mem", ""))
+    gpus = tres.get("gres/gpu", 0)
+    memory = _megabytes(words.get("TRES", ""))
     if not count or cores % count or gpus % count:
         raise ConfigError(
             f"the nodes of partition {name} differ, and this site does not let you see them (sinfo "
@@ -213,8 +265,9 @@ def _number(text: str) -> int | None:
     return int(text) if text.strip().isdigit() else None
 
 
-def _megabytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text.strip())
+def _megabytes(tres: str) -> int:
+    """Memory in Slurm's "cpu=8,mem=2.5G,node=1"; 0 where there is none."""
+    match = re.search(r"\bmem=(\d+(?:\.\d+)?)([KMGT]?)", tres)
     if match is None:
         return 0
     return int(float(match[1]) * {"K": 1 / 1024, "M": 1, "": 1, "G": 1024, "T": 1024**2}[match[2]])

@@ -49,17 +49,16 @@ class Answers:
         sinfo: str | None = None,
         partition: str | None = None,
         config: str | None = None,
-        cause: str = "denied",
+        qos: str | None = None,
     ) -> None:
-        self.texts = {"sinfo": sinfo, "partition": partition, "config": config}
-        self.cause = cause
+        self.texts = {"sinfo": sinfo, "partition": partition, "config": config, "sacctmgr": qos}
         monkeypatch.setattr(commands, "run", self.run)
 
     def run(self, words: list[str], timeout: float = 0) -> str:
-        key = "sinfo" if words[0] == "sinfo" else words[-1]
+        key = words[-1] if words[0] == "scontrol" else words[0]
         text = self.texts[key]
         if text is None:
-            raise SlurmError(f"{words[0]}: Access/permission denied", self.cause)
+            raise SlurmError(f"{words[0]}: Access/permission denied", "denied")
         if key != "sinfo":
             return text
         return "".join(f"\x1e{line}\n".replace("|", "\x1f") for line in text.splitlines())
@@ -160,7 +159,9 @@ def test_averages_of_different_nodes_are_not_believed(
 
 
 def test_gpus_that_nobody_counts_are_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    uncounted = PARTITIONS.replace(",gres/gpu=32", "").replace(",gres/gpu=4", "").replace(",gres/gpu=6", "")
+    uncounted = (
+        PARTITIONS.replace(",gres/gpu=32", "").replace(",gres/gpu=4", "").replace(",gres/gpu=6", "")
+    )
     Answers(monkeypatch, None, uncounted)
     with pytest.raises(ConfigError, match=r"does not say whether.*acc have GPUs.*gpus_per_node=N"):
         detect(profile())
@@ -180,6 +181,29 @@ def test_no_slurm_at_all_is_said_as_such(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"sinfo is not on PATH.*CLUSTER=local"):
         detect(profile())
+
+
+# MaxWall, MaxSubmitJobsPU, MaxJobsPU, MaxTRESPerJob, MaxTRESPerUser, MinTRESPerJob: as sacctmgr
+# 22.05 prints them.
+@pytest.mark.parametrize(
+    ("printed", "limits"),
+    [
+        ("02:00:00|4||||\n", QueueConfig(2, nodes=2, submitted=4)),
+        ("|100|5|node=1||\n", QueueConfig(72, nodes=1, submitted=100, running=5)),
+        ("7-00:00:00||||gres/gpu=7|node=2\n", QueueConfig(72, nodes=1, min_nodes=2)),
+        ("|||cpu=800,node=5|gres/gpu=2|\n", QueueConfig(72, nodes=1)),
+        ("||||mem=4G|\n", QueueConfig(72, nodes=2)),
+        ("", None),  # no such QoS
+        (None, None),  # no accounting
+    ],
+)
+def test_limits_of_a_qos_and_of_its_partition_both_hold(
+    printed: str | None, limits: QueueConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Answers(monkeypatch, TWO_KINDS, qos=printed)
+    found = detect(profile("cluster.partition=acc", "cluster.qos=debug"))
+    assert found.site.queues.get("debug") == limits
+    assert found.queue == (limits or QueueConfig(72, nodes=2))
 
 
 @pytest.mark.parametrize(
@@ -233,3 +257,12 @@ def test_a_real_slurm(slurm: ThrowAwaySlurm) -> None:
     assert (gpus.gpus_per_node, gpus.cpus_per_node, gpus.memory_gb) == (4, 80, 11)
     slurm.update_node("acc1", "down")
     assert detect(profile("cluster.partition=acc")).queue == QueueConfig(hours=72, nodes=2)
+
+
+@pytest.mark.slurm
+def test_a_real_slurm_with_accounting(slurm_accounting: ThrowAwaySlurm) -> None:
+    found = detect(profile("cluster.partition=acc", "cluster.qos=acc_debug"))
+    assert found.queue is not None
+    assert (found.queue.hours, found.queue.submitted) == (2, 4)
+    bulk = detect(profile("cluster.qos=bulk"))
+    assert bulk.queue == QueueConfig(hours=72, nodes=4, submitted=100)
