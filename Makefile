@@ -41,6 +41,9 @@ SUBMIT = $(call slurm,submit,slurm.submit) run=$(RUN) model=$(MODEL) data=$(DATA
 	$(if $(DRY),dry=$(DRY)) $(if $(TEST_ONLY),test_only=$(TEST_ONLY)) $(if $(YES),yes=$(YES))
 # Verbs that have no plan of their own to print only show their command with DRY=1.
 SHOW = $(if $(DRY),@echo would run:)
+# and those that run on this machine only.
+HERE = $(if $(REMOTE),$(error REMOTE= goes with stage1, stage2, stage3, pipeline, status, logs, cancel \
+	and array; give `make $@` there))$(SHOW)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-remote demo test lint format shards stage1 stage2 stage3 pipeline status logs \
@@ -84,7 +87,7 @@ $(VENV_REMOTE)/.installed: constraints-remote.txt
 	@touch $@
 
 demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
-	$(SHOW) $(PY) -m tools.demo run=$(RUN) $(ARGS)
+	$(HERE) $(PY) -m tools.demo run=$(RUN) $(ARGS)
 
 test: $(READY) ## all tests; what is skipped is listed with its reason
 	$(PY) -m pytest -n $(WORKERS) $(ARGS)
@@ -99,7 +102,7 @@ format: $(READY) ## ruff, writing
 	$(VENV)/bin/ruff format .
 
 shards: $(READY) ## sources of DATA to tar shards and manifests
-	$(SHOW) $(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) $(ARGS)
+	$(HERE) $(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) $(ARGS)
 
 stage1 stage2 stage3: $(LAUNCHER) ## one stage of RUN; the same command resumes
 	$(SUBMIT) 'stages=[$@]' $(ARGS)
@@ -121,14 +124,14 @@ array: $(LAUNCHER) ## TASK=shards|validate|reference|evaluate of RUN as an array
 		$(if $(DRY),dry=$(DRY)) $(ARGS)
 
 import: $(READY) ## VISION= LANGUAGE= TOKENIZER= (Hugging Face folders), or LLAVA=, to runs/RUN/import
-	$(SHOW) $(PY) -m tools.hf_import model=$(MODEL) $(if $(LLAVA),llava=$(LLAVA),\
+	$(HERE) $(PY) -m tools.hf_import model=$(MODEL) $(if $(LLAVA),llava=$(LLAVA),\
 		vision=$(VISION) language=$(LANGUAGE) tokenizer=$(TOKENIZER)) out=runs/$(RUN)/import $(ARGS)
 
 export: $(READY) ## STAGE of RUN to a Hugging Face folder, OUT= (default runs/RUN/hf)
-	$(SHOW) $(PY) -m tools.hf_export stage=runs/$(RUN)/$(STAGE) out=$(OUT) $(ARGS)
+	$(HERE) $(PY) -m tools.hf_export stage=runs/$(RUN)/$(STAGE) out=$(OUT) $(ARGS)
 
 eval: $(READY) ## held-out questions to the export of STAGE
-	$(SHOW) $(PY) -m tools.evaluate run=$(RUN) stage=$(STAGE) $(ARGS)
+	$(HERE) $(PY) -m tools.evaluate run=$(RUN) stage=$(STAGE) $(ARGS)
 
 report: $(READY) ## report.html and report.json of RUN
-	$(SHOW) $(PY) -m tools.report run=$(RUN) $(ARGS)
+	$(HERE) $(PY) -m tools.report run=$(RUN) $(ARGS)

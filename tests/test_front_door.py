@@ -75,3 +75,10 @@ def test_a_remote_host_gets_the_same_words(venv: Path) -> None:
 def test_a_prepared_environment_is_left_alone(tmp_path: Path) -> None:
     line = make("-n", "status", f"VENV={tmp_path}", "PREPARED=1")
     assert "pip" not in line and f"{tmp_path}/bin/python -m slurm.status" in line
+
+
+@pytest.mark.parametrize("verb", ["demo", "shards", "import", "export", "eval", "report"])
+def test_what_runs_here_only_refuses_a_remote_host(venv: Path, verb: str) -> None:
+    words = ["make", "-C", str(ROOT), "-n", verb, f"VENV={venv}", "REMOTE=me@there"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode and f"make {verb}" in done.stderr
