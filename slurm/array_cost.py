@@ -40,7 +40,7 @@ def lines(wave: Wave, job: Job, folder: TaskFolder, config: Config) -> list[str]
     if job.gpus_per_node and site.cost_unit != "GPU-hours":
         text.append(f"at most {most * site.cost_per_gpu_hour:,.0f} {site.cost_unit}")
     if later:
-        text.append(f"{later} more elements than the site lets one submit now wait for later waves")
+        text.append(f"{later} more elements than the site lets one submit now come in later waves")
     return text
 
 

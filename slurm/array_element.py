@@ -4,8 +4,9 @@
 
 INDEX is Slurm's SLURM_ARRAY_TASK_ID if it is not given. An item that is done already is passed
 over, so a requeued element goes on where it was; one that fails is recorded and the next one
-starts. SIGTERM and SIGUSR2 stop the element between two items, and so does a walltime that the
-longest item so far would not fit into. Exit code: 0 all done, 1 some failed, 143 stopped before.
+starts. It stops between two items at SIGTERM or SIGUSR2, at a file STOP in the run's or the task's
+folder, and where the longest item so far would not fit into the walltime any more. Exit code: 0 all
+done, 1 some failed, 143 stopped before.
 """
 
 import os
@@ -83,6 +84,9 @@ def run_element(folder: TaskFolder, wave: Wave, index: int, stop: Stop, start: S
         if folder.is_done(item):
             print(f"{title} done already", flush=True)
             continue
+        stop_file = folder.stop_file()
+        if stop_file is not None:
+            stop.ask(f"{stop_file} is there")
         if stop.wanted():
             print(f"{stop.reason}; {len(items) - position} items are left", flush=True)
             return STOPPED

@@ -4,6 +4,7 @@
     runs/NAME/arrays/TASK/done/ITEM.json     it ended well: seconds, exit code, last line
     runs/NAME/arrays/TASK/begun/ITEM.json    it was started, and has not ended well since
     runs/NAME/arrays/TASK/failed/ITEM.json   how it failed the last time
+    runs/NAME/arrays/TASK/stopped.json       why a job did not submit the next wave, if it did not
 
 The files, not Slurm, say what is left to do: a wave may be killed at any instant.
 """
@@ -24,6 +25,8 @@ from slurm.files import write_text
 
 ITEMS = "items.json"
 DONE, BEGUN, FAILED = "done", "begun", "failed"
+STOPPED = "stopped.json"
+STOP = "STOP"  # a file in the run or in arrays/TASK by which anybody ends it
 MOST_TRIES = 2  # waves of one submission that start an item
 _FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,179}")
@@ -167,6 +170,19 @@ class TaskFolder:
 
     def count(self, kind: str) -> int:
         return len(self._names(kind))
+
+    def note(self, reason: str, command: str = "") -> None:
+        """Leave word that the next wave was not submitted, why, and what to type; "" removes it."""
+        path = self.root / STOPPED
+        if reason:
+            write_text(path, json.dumps({"reason": reason, "command": command}, indent=1) + "\n")
+        else:
+            path.unlink(missing_ok=True)
+
+    def stop_file(self) -> Path | None:
+        """The STOP file of the run or of this task, where somebody has made one."""
+        places = (self.root / STOP, self.root.parent.parent / STOP)
+        return next((path for path in places if path.exists()), None)
 
     def begin(self, item: Item, wave: Wave) -> None:
         """Write that the item is started now."""

@@ -25,6 +25,7 @@ from slurm.run_directory import RunDirectory
 ROUNDS = 4  # elements for each that runs at once, so that slow ones do not hold up the end
 LARGEST = 1000  # elements of one array, where the site does not say; Slurm's default
 NEXT = "next"
+HELD = "JobHeldUser"  # squeue's reason
 NEXT_WAVE_HOURS = 0.25
 _PORT = (
     f"export MASTER_PORT=$(( {bodies.FIRST_PORT} + SLURM_JOB_ID % {bodies.PORT_BLOCKS} * "
@@ -164,6 +165,7 @@ class Queued:
 
     items: Mapping[str, Item]  # those of live elements, by name
     next_job: str = ""  # id of the job that will submit the rest
+    held: tuple[str, ...] = ()  # ids of jobs that a user, or a submission cut short, holds
 
 
 def of_run(run: RunDirectory, rows: Sequence[QueuedJob]) -> list[QueuedJob]:
@@ -183,10 +185,13 @@ def queued(folder: TaskFolder, config: Config, live: Sequence[QueuedJob], own_id
     waves: dict[int, Wave] = {}
     items: dict[str, Item] = {}
     next_job = ""
+    held: list[str] = []
     for job in live:
         found = pattern.fullmatch(job.name)
         if found is None or job.job_id == own_id:
             continue
+        if job.reason == HELD and job.job_id not in held:
+            held.append(job.job_id)
         if found[2]:
             next_job = job.job_id
             continue
@@ -196,7 +201,7 @@ def queued(folder: TaskFolder, config: Config, live: Sequence[QueuedJob], own_id
         elements = waves[number].elements
         if job.array_index is not None and job.array_index < len(elements):
             items |= {item.name: item for item in elements[job.array_index]}
-    return Queued(items, next_job)
+    return Queued(items, next_job, tuple(held))
 
 
 def refuse_other_settings(queued: Queued, items: Sequence[Item], directory: Path) -> None:

@@ -34,19 +34,25 @@ from slurm.array_request import Request, parse, refuse_bad
 from slurm.array_tasks import TASKS, Task, items_of
 from slurm.chain import absolute
 from slurm.commands import QueuedJob
+from slurm.errors import SlurmError
 from slurm.exclude import read as excluded_nodes
 from slurm.files import write_text
 from slurm.job import RECORD, Job
 from slurm.limits import refuse_over_limits
 from slurm.local import JobFailed
+from slurm.refusals import refuse_stopped
 from slurm.render import rank_command
 from slurm.request import detect
-from slurm.run_directory import RunDirectory
+from slurm.run_directory import RunDirectory, RunInUse
 
 THROTTLE = 8
 CONFIG = "config.yaml"
 NAMED = 10  # items that a message lists
-ROOM_SECONDS, ROOM_TRIES = 30.0, 20  # a next wave waits for room in the queue
+UNKNOWN_LIMIT = (
+    "if this site limits the jobs that one may have queued, say how many, so that the array comes "
+    "in waves: '+cluster.site.queues={QOS: {hours: HOURS, submitted: N}}'"
+)
+WAIT_SECONDS, TRIES = 30.0, 20  # a next wave waits for room in the queue
 
 
 def submit(arguments: Sequence[str]) -> None:
@@ -56,6 +62,7 @@ def submit(arguments: Sequence[str]) -> None:
     task = TASKS[request.task]
     refuse_bad(config, task, request.dry)
     run = RunDirectory.of(config)
+    refuse_stopped(run, ())
     if config.cluster.executor == "local":
         with run.locked():
             _run_here(request, config, run)
@@ -82,24 +89,32 @@ def go_on(directory: Path) -> None:
     run, folder = RunDirectory.of(config), TaskFolder(directory.parent)
     remedy = f"give the same command on a login node: {request.command}"
     if not array_waves.moved(folder, wave):
-        raise ConfigError(
-            f"no item of wave {wave.number} was even started (logs: {directory}); when the cause "
-            f"is mended, {remedy}"
-        )
+        reason = f"no item of wave {wave.number} was even started (logs: {directory})"
+        folder.note(reason, request.command)
+        raise ConfigError(f"{reason}; when the cause is mended, {remedy}")
     try:
-        for attempt in range(ROOM_TRIES):
+        refuse_stopped(run, ())
+        for attempt in range(TRIES):
             try:
                 with run.locked():
                     _submit_wave(request, config, run, commands.squeue(), wave)
                 return
-            except NoRoom:
-                if attempt == ROOM_TRIES - 1:
+            except ConfigError as error:
+                if attempt == TRIES - 1 or not _will_pass(error):
                     raise
-                time.sleep(ROOM_SECONDS)
+                print(f"{error} (tried again in {WAIT_SECONDS:.0f} s)", flush=True)
+                time.sleep(WAIT_SECONDS)
     except ConfigError as error:
+        folder.note(str(error), request.command)
         if isinstance(error, LeftOut):
             raise
         raise ConfigError(f"{error}. The rest was not submitted from here; {remedy}") from error
+
+
+def _will_pass(error: ConfigError) -> bool:
+    """Whether waiting may help: a full queue, somebody else's submission, a busy controller."""
+    busy = isinstance(error, SlurmError) and error.cause == "unreachable"
+    return busy or isinstance(error, NoRoom | RunInUse)
 
 
 class NoRoom(ConfigError):
@@ -133,6 +148,8 @@ def _submit_wave(
     state += f", {len(queued.items)} queued" if queued.items else ""
     if out:
         state += f", {len(out)} left out after two failures: {_some(out)}"
+    for job_id in queued.held:
+        print(f"job {job_id} is held: `scontrol release {job_id}` lets it start")
     if not left or queued.next_job:
         print(state)
         if queued.next_job:
@@ -144,12 +161,13 @@ def _submit_wave(
         elif not missing:
             print(f"nothing to do; the markers are in {folder.root / 'done'}")
         return
-    wave, jobs = _plan(request, config, folder, left, number, len(rows), before)
+    waiting_or_running = sum(job.is_live for job in rows)
+    wave, jobs = _plan(request, config, folder, left, number, waiting_or_running, before)
     wave = replace(wave, left_out=tuple(out))
     print(f"{state}, {len(left)} to do")
     for line in array_cost.lines(wave, jobs[0], folder, config):
         print(line)
-    refuse_over_limits(jobs, config, sum(job.is_live for job in rows))
+    refuse_over_limits(jobs, config, waiting_or_running)
     if before is None and not (request.dry or request.test_only):
         array_cost.confirm(wave, jobs[0], folder, config, request.yes)
     if before is None:
@@ -158,8 +176,20 @@ def _submit_wave(
     if request.dry or request.test_only:
         _show(request, config, run, jobs)
         return
-    for record in sbatch.submit(jobs, config, run, excluded_nodes(run.root)):
+    try:
+        submitted = sbatch.submit(jobs, config, run, excluded_nodes(run.root))
+    except ConfigError as error:
+        if array_waves.room(config, jobs[0].nodes, 0) is None and len(wave.elements) > 1:
+            raise ConfigError(f"{error}; {UNKNOWN_LIMIT}") from error
+        raise
+    folder.note("")
+    for record in submitted:
         print(f"queued: {record.job_id} {record.name}")
+    if wave.waiting and len(jobs) == 1:
+        print(
+            "nothing is left in the queue for a job that submits the rest: give the same command "
+            "again when these have ended"
+        )
 
 
 def _plan(
@@ -168,14 +198,14 @@ def _plan(
     folder: TaskFolder,
     left: Sequence[Item],
     number: int,
-    rows: int,
+    queued: int,
     before: Wave | None,
 ) -> tuple[Wave, list[Job]]:
     """The next wave and its jobs, within what the site lets one submit."""
     task, site = TASKS[request.task], config.cluster.site
     throttle = request.throttle or THROTTLE
     nodes = config.cluster.nodes(config.parallel.world_size) if task.ranks else 1
-    room = array_waves.room(config, nodes, rows)
+    room = array_waves.room(config, nodes, queued)
     if before is not None:
         size = before.per_element
     else:
@@ -186,8 +216,8 @@ def _plan(
     share = array_waves.share(len(elements), room, site.max_array_size)
     if not share.now:
         raise NoRoom(
-            f"{rows} jobs of yours are queued, and {config.cluster.name} takes no more; wait until "
-            "some have ended"
+            f"{queued} jobs of yours are queued, and {config.cluster.name} takes no more; wait "
+            "until some have ended"
         )
     hours = min(request.hours or task.hours, config.cluster.hours)
     wave = Wave(

@@ -32,6 +32,10 @@ from slurm.remote_host import RECORD as SENT
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+class RunInUse(ConfigError):
+    """Another process submits to the run, or runs it, now."""
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Paths and records of one run."""
@@ -115,7 +119,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; ConfigError when another one holds it."""
+        """Hold the run for this process; RunInUse when another one holds it."""
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a+", encoding="ascii") as lock:
             try:
@@ -123,7 +127,7 @@ class RunDirectory:
             except BlockingIOError as error:
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
-                raise ConfigError(
+                raise RunInUse(
                     f"{self.root} is in use by process {holder}; wait for it, end it, or choose "
                     "another run=NAME"
                 ) from error
