@@ -76,24 +76,25 @@ def test_preemption_requeues(slurm_accounting: ThrowAwaySlurm) -> None:
     assert "task told" in slurm.output(victim)
 
 
-def test_a_killed_node_is_noticed_and_comes_back(slurm: ThrowAwaySlurm) -> None:
-    job = slurm.sbatch("--nodelist=cpu2", "--no-requeue", wrap="sleep 100")
-    slurm.wait(job, "RUNNING")
-    assert slurm.node_pids("cpu2")["jobs"]
+def test_killed_nodes_are_noticed_and_come_back(slurm: ThrowAwaySlurm) -> None:
+    ids = [
+        slurm.sbatch(f"--nodelist={node}", "--no-requeue", wrap="sleep 100")
+        for node in ("cpu2", "cpu3")
+    ]
+    for job in ids:
+        slurm.wait(job, "RUNNING")
     slurm.kill_node("cpu2")
     assert slurm.node_pids("cpu2") == {"slurmd": [], "stepds": [], "jobs": []}
-    assert slurm.wait(job, timeout=90) == "NODE_FAIL"
-    slurm.restart_node("cpu2")
-    assert slurm.run("srun", "--nodelist=cpu2", "echo", "back").stdout == "back\n"
-
-
-def test_orphans_outlive_their_daemons(slurm: ThrowAwaySlurm) -> None:
-    job = slurm.sbatch("--nodelist=cpu3", "--no-requeue", wrap="sleep 100")
-    slurm.wait(job, "RUNNING")
     slurm.kill_node("cpu3", jobs=False)
     orphans = slurm.node_pids("cpu3")["jobs"]
     assert orphans
+    for job in ids:
+        assert slurm.wait(job, timeout=90) == "NODE_FAIL"
+    assert all(processes.alive(pid) for pid in orphans)
     processes.kill(orphans)
+    for node in ("cpu2", "cpu3"):
+        slurm.restart_node(node)
+        assert slurm.run("srun", f"--nodelist={node}", "echo", "back").stdout == "back\n"
 
 
 def test_nothing_stays(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ QOS_COMMANDS = (
     "modify qos acc_debug set MaxWall=02:00:00 MaxSubmitJobsPerUser=4 Flags=DenyOnLimit",
     "modify qos bulk set MaxSubmitJobsPerUser=100",
     "modify qos preemptor set Preempt=acc_ehpc Priority=1000",
-    "modify qos acc_ehpc set PreemptMode=requeue GraceTime=20",
+    "modify qos acc_ehpc set PreemptMode=requeue GraceTime=12",
     f"add account {ACCOUNT}",
     f"add account {OTHER_ACCOUNT}",
 )
