@@ -108,7 +108,7 @@ def _add_qos(cluster: ClusterConfig, qos: str, partition: QueueConfig) -> None:
     """List the QoS with its limits and those of the partition, as both hold."""
     words = ["sacctmgr", "-n", "-P", "show", "qos", "where", f"name={qos}"]
     try:
-        lines = commands.run([*words, f"format={','.join(_QOS)}"]).splitlines()
+        lines = commands.run([*words, f"format={','.join(_QOS)}"], timeout=10).splitlines()
     except SlurmError:
         return  # no accounting, no QoS
     fields = lines[0].split("|") if lines else []
