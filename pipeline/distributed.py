@@ -72,7 +72,8 @@ def session(parallel: ParallelConfig, seed: int, timeout_minutes: int = 30) -> I
             "start as many ranks as the configuration says"
         )
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count()))
+        # Modulo: some sites show each rank its own GPU only, as the first.
+        local = int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count()
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         backend = "nccl"
