@@ -119,6 +119,7 @@ fi
 case "$MASTER_ADDR" in "" | 127.*)
   address=$(scontrol show node "$host" 2>/dev/null |
     sed -n 's/.*NodeAddr=\\([0-9][0-9.]*\\) .*/\\1/p')
+  [ -n "$address" ] || address=$(hostname -I | cut -d ' ' -f 1)
   MASTER_ADDR=${address:-$MASTER_ADDR} ;;
 esac
 export MASTER_ADDR=${MASTER_ADDR:-$host}

@@ -82,3 +82,17 @@ def test_what_runs_here_only_refuses_a_remote_host(venv: Path, verb: str) -> Non
     words = ["make", "-C", str(ROOT), "-n", verb, f"VENV={venv}", "REMOTE=me@there"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode and f"make {verb}" in done.stderr
+
+
+def test_a_site_gets_the_real_model_and_everybody_else_the_demo(venv: Path) -> None:
+    for cluster, words in {
+        "local": ("run=demo", "model=tiny", "data=demo"),
+        "slurm": ("run=demo", "model=tiny", "data=demo"),
+        "mn5": ("run=amalia", "model=amalia_vl_9b", "data=amalia"),
+    }.items():
+        line = make("-n", "pipeline", f"VENV={venv}", f"CLUSTER={cluster}").split()
+        assert {*words, f"cluster={cluster}", "export=true"} <= set(line)
+        assert not [word for word in line if word.startswith(("dry=", "test_only=", "yes="))]
+    line = make("-n", "pipeline", f"VENV={venv}", "CLUSTER=mn5", "TEST_ONLY=1", "YES=1", "MODEL=m")
+    assert {"test_only=1", "yes=1", "model=m", "run=amalia"} <= set(line.split())
+    assert "export=true" not in make("-n", "stage1", f"VENV={venv}", "CLUSTER=mn5").split()
