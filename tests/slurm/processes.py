@@ -29,6 +29,14 @@ def alive(pid: int) -> bool:
     return text.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def identity(pid: int) -> str:
+    """Process id and start time: what no later process has. "" when it is gone."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return f"{pid} {text.rpartition(')')[2].split()[19]}"
+    return ""
+
+
 def parent(pid: int) -> int:
     """Parent's process id; 0 when the process is gone."""
     with contextlib.suppress(OSError):

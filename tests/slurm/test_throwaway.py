@@ -109,6 +109,24 @@ def test_nothing_stays(tmp_path: Path) -> None:
     assert not [p for p in processes.pids() if processes.environment(p).get("SLURM_CONF") == conf]
 
 
+def test_a_killed_test_run_is_swept_up() -> None:
+    program = """
+import os, signal
+from tests.slurm.throwaway import ThrowAwaySlurm
+slurm = ThrowAwaySlurm(cpu_nodes=1, acc_nodes=1).start()
+slurm.wait(slurm.sbatch(wrap="sleep 1000"), "RUNNING")
+print(slurm.directory, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    directory = Path(killed.stdout.strip())
+    assert (directory / "slurm.conf").exists(), killed.stderr
+    ThrowAwaySlurm(cpu_nodes=1, acc_nodes=1).stop()
+    assert not directory.exists()
+    conf = str(directory / "slurm.conf")
+    assert not [p for p in processes.pids() if processes.environment(p).get("SLURM_CONF") == conf]
+
+
 def test_by_hand(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "tests.slurm.throwaway"]
     (tmp_path / "full").mkdir()

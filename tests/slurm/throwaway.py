@@ -37,6 +37,7 @@ ENDED = frozenset(
 )
 _NODE = "THROWAWAY_NODE"  # in the environment of a slurmd and of its slurmstepds
 _DAEMONS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd")
+_PREFIX, _OWNER = "slurm-", "owner"  # of temporary directories; who started one
 _SEARCH = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not on every user's PATH
 
 
@@ -89,10 +90,14 @@ class ThrowAwaySlurm:
         self.nodes = [f"cpu{number + 1}" for number in range(cpu_nodes)]
         self.nodes += [f"acc{number + 1}" for number in range(acc_nodes)]
         self._remove = directory is None
+        if self._remove:
+            _sweep()
         # Sockets' paths may have 107 characters, so not in pytest's deep directories; and those are
         # closed to other users.
-        self.directory = directory or Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+        self.directory = directory or Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
         self.directory = self.directory.resolve()
+        if self._remove:
+            (self.directory / _OWNER).write_text(processes.identity(os.getpid()))
         if len(str(self.directory)) > 80:
             raise ValueError(f"{self.directory} is too long for sockets inside it; give a shorter")
         self.env = self._environment()
@@ -469,6 +474,17 @@ class ThrowAwaySlurm:
             tail = [line for line in text.splitlines() if "pmi" not in line][-lines:]
             if tail:
                 yield "\n".join([f"--- {path.name}", *tail])
+
+
+def _sweep() -> None:
+    """End and remove what is left of test runs that were killed."""
+    for owner in Path("/tmp").glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(OSError, ValueError):
+            text = owner.read_text(encoding="utf-8")
+            if text and processes.identity(int(text.split()[0])) != text:
+                abandoned = ThrowAwaySlurm(owner.parent)
+                abandoned._remove = True
+                abandoned.stop()
 
 
 def _may_unshare() -> bool:
