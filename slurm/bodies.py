@@ -33,7 +33,7 @@ def segment(config: Config, config_path: Path, stage_dir: Path, segment_dir: Pat
     limit = int(cluster.hours * 3600)
     return f"""\
 {master(config)}
-# The ranks save and stop {cluster.stop_minutes:g} minutes before the job's end. Counted by the
+# The ranks save and stop {cluster.stop_minutes:g} minutes before the job's end, counted by the
 # uptime of this node, which no change of its clock moves.
 uptime_seconds() {{ cut -d. -f1 /proc/uptime; }}
 left=$(( ${{SLURM_JOB_END_TIME:-0}} - $(date +%s) ))
@@ -102,8 +102,9 @@ def master(config: Config) -> str:
     interface = config.cluster.site.master_interface
     lines = ["# Where the ranks meet: this node, as a number, for its name may mean loopback."]
     lines.append("host=${SLURMD_NODENAME:-$(hostname)}")
-    lines.append("MASTER_ADDR=")
-    if interface is not None:
+    if interface is None:
+        lines.append("MASTER_ADDR=")
+    else:
         lines.append(
             "MASTER_ADDR=$(PATH=$PATH:/usr/sbin:/sbin ip -4 -o address show dev "
             f'{shlex.quote(interface)} | awk \'NR == 1 {{ sub("/.*", "", $4); print $4 }}\')'

@@ -45,11 +45,12 @@ fi
 case "$MASTER_ADDR" in "" | 127.*)
   address=$(scontrol show node "$host" 2>/dev/null |
     sed -n 's/.*NodeAddr=\([0-9][0-9.]*\) .*/\1/p')
+  [ -n "$address" ] || address=$(hostname -I | cut -d ' ' -f 1)
   MASTER_ADDR=${address:-$MASTER_ADDR} ;;
 esac
 export MASTER_ADDR=${MASTER_ADDR:-$host}
 
-# The ranks save and stop 10 minutes before the job's end. Counted by the
+# The ranks save and stop 10 minutes before the job's end, counted by the
 # uptime of this node, which no change of its clock moves.
 uptime_seconds() { cut -d. -f1 /proc/uptime; }
 left=$(( ${SLURM_JOB_END_TIME:-0} - $(date +%s) ))

@@ -38,7 +38,6 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 export SUBMITIT_EXECUTOR=slurm
 # Where the ranks meet: this node, as a number, for its name may mean loopback.
 host=${SLURMD_NODENAME:-$(hostname)}
-MASTER_ADDR=
 MASTER_ADDR=$(PATH=$PATH:/usr/sbin:/sbin ip -4 -o address show dev ib0 | awk 'NR == 1 { sub("/.*", "", $4); print $4 }')
 if [ -z "$MASTER_ADDR" ]; then
   MASTER_ADDR=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }')
@@ -46,11 +45,12 @@ fi
 case "$MASTER_ADDR" in "" | 127.*)
   address=$(scontrol show node "$host" 2>/dev/null |
     sed -n 's/.*NodeAddr=\([0-9][0-9.]*\) .*/\1/p')
+  [ -n "$address" ] || address=$(hostname -I | cut -d ' ' -f 1)
   MASTER_ADDR=${address:-$MASTER_ADDR} ;;
 esac
 export MASTER_ADDR=${MASTER_ADDR:-$host}
 
-# The ranks save and stop 10 minutes before the job's end. Counted by the
+# The ranks save and stop 10 minutes before the job's end, counted by the
 # uptime of this node, which no change of its clock moves.
 uptime_seconds() { cut -d. -f1 /proc/uptime; }
 left=$(( ${SLURM_JOB_END_TIME:-0} - $(date +%s) ))
