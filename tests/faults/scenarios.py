@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tests.faults.pipeline_run import EVERY, PipelineRun
@@ -23,23 +23,24 @@ PATIENCE = 180
 
 
 def walltime_warns(run: PipelineRun, stage: str, step: int = FIRST) -> None:
-    """The walltime is too short for the stage: ranks are slow until Slurm warns them."""
+    """The walltime is too short for the stage, whose ranks are slow until Slurm warns them."""
     job = run.until_step(stage, step)
     ranks = run.ranks(job).values()
-    with frozen(ranks):
-        run.until(
-            lambda: all(processes.has_pending(pid, signal.SIGUSR2) for pid in ranks),
-            f"a warning that the time of job {job} ends",
-            PATIENCE,
-        )
+    stop(ranks)  # until the warning, which comes with a SIGCONT
     run.until(lambda: run.over(job), f"the end of job {job}", PATIENCE)
+    assert run.slurm.state(job) == "COMPLETED", run.slurm.job(job)
 
 
 def walltime_ends(run: PipelineRun, stage: str, step: int = FIRST) -> None:
-    """The walltime ends while ranks hang and hear no warning: Slurm kills them."""
+    """The walltime ends while the ranks hang, whatever they are told: Slurm kills them."""
     job = run.until_step(stage, step)
-    with frozen(run.ranks(job).values()):
-        run.until(lambda: run.over(job), f"the end of job {job}", PATIENCE)
+    ranks = run.ranks(job).values()
+
+    def over() -> bool:
+        stop(ranks)
+        return run.over(job)
+
+    run.until(over, f"the end of job {job}", PATIENCE)
     assert run.slurm.state(job) == "TIMEOUT", run.slurm.job(job)
 
 
@@ -100,8 +101,7 @@ def orphans_wake_up(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     for node in nodes:
         run.slurm.kill_node(node, jobs=False)
     hung = [pid for node in nodes for pid in run.slurm.node_pids(node)["jobs"]]
-    for pid in hung:
-        os.kill(pid, signal.SIGSTOP)
+    stop(hung)
     assert set(old.values()) <= set(hung), (old, hung)
     before = run.attempts(stage)
     run.until(lambda: run.attempts(stage) > before, "a new attempt on other nodes", PATIENCE)
@@ -149,18 +149,11 @@ def checkpoint_truncated(run: PipelineRun, stage: str, step: int = 2 * EVERY) ->
     run.until(lambda: "passed over a damaged checkpoint" in run.log(stage), "a warning", PATIENCE)
 
 
-@contextmanager
-def frozen(pids: Iterable[int]) -> Iterator[None]:
-    """Stop processes for a while, as a file system does that hangs."""
-    chosen = list(pids)
-    for pid in chosen:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in chosen:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+def stop(pids: Iterable[int]) -> None:
+    """Freeze processes, as a file system does that hangs."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
 
 
 # Slurm keeps time in minutes, and warns a minute before the end or half a minute earlier still.

@@ -45,16 +45,6 @@ def parent(pid: int) -> int:
     return 0
 
 
-def has_pending(pid: int, number: int) -> bool:
-    """Whether a signal waits for a process, for instance for one that is stopped."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name in ("SigPnd", "ShdPnd") and int(value, 16) >> (number - 1) & 1:
-                return True
-    return False
-
-
 def command(pid: int) -> str:
     """Command line, or "" when the process is gone."""
     with contextlib.suppress(OSError):
