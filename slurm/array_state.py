@@ -1,13 +1,15 @@
 """How far the arrays of a run are: elements from the markers of their items and from squeue."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.schema.errors import ConfigError
-from slurm.array_items import DONE, FAILED, TaskFolder, read_wave
+from slurm.array_items import DONE, FAILED, STOPPED, TaskFolder, read_wave
 from slurm.job_state import JobState
+from slurm.verify import STOP
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ArrayState:
     waiting: int = 0  # elements for later waves
     failure: str = ""  # one of the failed items and its last line
     problem: str = ""  # a damaged record
+    stopped: str = ""  # why a job did not submit the rest, and what to type
+    stop_file: str = ""  # which keeps it from going on
 
 
 def array_states(root: Path, jobs: Sequence[JobState]) -> list[ArrayState]:
@@ -67,7 +71,19 @@ def _state(folder: TaskFolder, jobs: Sequence[JobState]) -> ArrayState:
         pending=pending,
         waiting=newest.waiting,
         failure=_failure(folder, failing[0]) if failing else "",
+        stopped=_stopped(folder),
+        stop_file=str(folder.root / STOP) if (folder.root / STOP).exists() else "",
     )
+
+
+def _stopped(folder: TaskFolder) -> str:
+    try:
+        value = json.loads((folder.root / STOPPED).read_text(encoding="utf-8"))
+        return f"{value['reason']}; go on with: {value['command']}"
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"see {folder.root / STOPPED}"
 
 
 def _failure(folder: TaskFolder, item: str) -> str:

@@ -217,6 +217,9 @@ def _remarks(state: RunState) -> list[str]:
                 f"from step {files.saved_step or 0}"
             )
     found += [_trigger(path) for path in state.stop_files]
+    for array in state.arrays:
+        found += [f"array {array.task} stopped: {array.stopped}"] if array.stopped else []
+        found += [_trigger(array.stop_file)] if array.stop_file else []
     found += [f"node {node} is avoided: {reason}" for node, reason in state.excluded.items()]
     if state.export:
         found.append(f"Hugging Face folder: {state.export}")

@@ -28,7 +28,8 @@ def steer(root: Path, action: str, stage: str = "") -> list[str]:
     Raises ConfigError where there is nothing to steer, OSError where one may not write.
     """
     if action == "go":
-        places = [root / stage] if stage else [root, *sorted(root.glob("stage[0-9]*"))]
+        below = [*root.glob("stage[0-9]*"), *root.glob("arrays/*")]
+        places = [root / stage] if stage else [root, *sorted(below)]
         paths = [place / name for place in places for name in (STOP, EXIT, SAVE)]
         gone = [path for path in paths if path.exists()]
         for path in gone:

@@ -318,6 +318,11 @@ def test_arrays(run: WatchedRun, programs: Programs) -> None:
         "waves; 3 of 8 items done, 1 failed (item4: exit code 9: no such file)"
     ) in told
     assert "evaluate wave 1" in told
+    folder.note("the queue is full", "python -m slurm.arrays task=evaluate")
+    (folder.root / "STOP").touch()
+    told = status(run.words)
+    assert "array evaluate stopped: the queue is full; go on with: python -m slurm.arrays" in told
+    assert "nothing starts until it is removed" in told
     (folder.wave(1) / "items.json").write_text("{")
     assert "items.json is damaged" in status(run.words)
 

@@ -53,6 +53,14 @@ def test_misunderstood(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_go_lets_arrays_go_on_too(run: WatchedRun) -> None:
+    stop = run.root / "arrays" / "evaluate" / "STOP"
+    stop.parent.mkdir(parents=True)
+    stop.touch()
+    assert main([*run.words, "go"]) == 0
+    assert not stop.exists()
+
+
 def test_go_without_files(run: WatchedRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*run.words, "go"]) == 0
     assert "no such file was there" in capsys.readouterr().out
