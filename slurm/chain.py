@@ -6,7 +6,7 @@ stage is done, and what follows depends on it.  Nothing here asks Slurm or write
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class LiveJobs:
     segments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stage -> ids
     verifiers: Mapping[str, str] = field(default_factory=dict)  # stage -> id
     export: str | None = None
+    names: Collection[str] = ()  # of all of them
 
 
 def chain(
@@ -55,7 +56,7 @@ def chain(
         elif stage in live.verifiers:
             before = (live.verifiers[stage],)
         else:
-            segments = _segments(run, stage, config, before, live.segments.get(stage, ()))
+            segments = _segments(run, stage, config, before, live)
             jobs += segments
             verifier = _verifier(run, stage, config, before, segments, live)
             if _only_one_job(config) and not export and stage == list(configs)[-1]:
@@ -106,13 +107,19 @@ def planned_segments(config: Config, stage_dir: Path) -> tuple[int, int]:
     return expected.segments, config.cluster.spare_segments
 
 
-def next_number(folder: Path) -> int:
-    """The next NNN below `folder`. One that holds a script only was never submitted."""
+def next_number(folder: Path, prefix: str = "", live: Collection[str] = ()) -> int:
+    """The next NNN below `folder`, for a job named PREFIX.NNN.
+
+    One that holds a script only was never submitted, unless it is the script of a live job whose
+    record was lost.
+    """
     taken = [
         int(path.name)
         for path in (folder.iterdir() if folder.is_dir() else ())
         if path.name.isdigit() and {entry.name for entry in path.iterdir()} != {SCRIPT}
     ]
+    numbers = [name.removeprefix(f"{prefix}.") for name in live if name.startswith(f"{prefix}.")]
+    taken += [int(number) for number in numbers if number.isdigit()]
     return max(taken, default=0) + 1
 
 
@@ -121,9 +128,9 @@ def _segments(
     stage: str,
     config: Config,
     before: tuple[str, ...],
-    queued: tuple[str, ...],
+    live: LiveJobs,
 ) -> list[Job]:
-    root = absolute(run)
+    root, name = absolute(run), f"{config.run}.{stage}"
     stage_dir = root / stage
     needed, spare = planned_segments(config, stage_dir)
     nodes, ranks_per_node, cpus = shape(config)
@@ -131,13 +138,13 @@ def _segments(
     gpus = (
         cluster.gpus_per_node if cluster.exclusive else min(ranks_per_node, cluster.gpus_per_node)
     )
-    first = next_number(stage_dir / "segments")
+    first = next_number(stage_dir / "segments", name, live.names)
     jobs: list[Job] = []
-    previous = queued
+    previous = queued = live.segments.get(stage, ())
     for number in range(first, first + max(0, needed + spare - len(queued))):
         directory = stage_dir / "segments" / f"{number:03d}"
         job = Job(
-            name=f"{config.run}.{stage}.{number:03d}",
+            name=f"{name}.{number:03d}",
             kind="segment",
             directory=directory,
             body=bodies.segment(config, stage_dir / "config.yaml", stage_dir, directory),
@@ -167,11 +174,11 @@ def _verifier(
     segments: Sequence[Job],
     live: LiveJobs,
 ) -> Job:
-    stage_dir = absolute(run) / stage
-    number = next_number(stage_dir / "verify")
+    stage_dir, name = absolute(run) / stage, f"{config.run}.{stage}.verify"
+    number = next_number(stage_dir / "verify", name, live.names)
     gpus, cpus = _small(config)
     return Job(
-        name=f"{config.run}.{stage}.verify.{number:03d}",
+        name=f"{name}.{number:03d}",
         kind="verify",
         directory=stage_dir / "verify" / f"{number:03d}",
         body=bodies.verify(config, stage_dir),

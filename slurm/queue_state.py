@@ -76,7 +76,7 @@ def sort(jobs: Mapping[str, QueuedJob]) -> LiveJobs:
             verifiers[stage] = job_id
         else:
             segments[stage] = (*segments.get(stage, ()), job_id)
-    return LiveJobs(segments, verifiers, export)
+    return LiveJobs(segments, verifiers, export, frozenset(job.name for job in jobs.values()))
 
 
 def _colleagues(root: Path) -> set[int]:

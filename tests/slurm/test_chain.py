@@ -133,6 +133,15 @@ def test_numbers_go_on_but_scripts_that_were_never_submitted_are_written_again(
     assert "r.stage1.003" in jobs_of(tmp_path, stages=("stage1",))
 
 
+def test_a_number_whose_job_is_queued_is_taken_though_its_record_was_lost(tmp_path: Path) -> None:
+    directory = tmp_path / "r" / "stage1" / "segments" / "001"
+    directory.mkdir(parents=True)
+    (directory / "submit.sh").touch()
+    live = LiveJobs({"stage1": ("7",)}, names=["r.stage1.001", "r.stage1.verify.009", "r.x"])
+    assert "r.stage1.002" in jobs_of(tmp_path, live=live, stages=("stage1",))
+    assert "r.stage1.verify.010" in jobs_of(tmp_path, live=live, stages=("stage1",))
+
+
 def test_an_export_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "r" / "hf").mkdir(parents=True)
     assert "r.export.001" not in jobs_of(tmp_path, export=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slurm import commands
-from slurm.job import records
+from slurm.job import JobRecord, records
 from tests.slurm import toy_code
 from tests.slurm.test_submit import ALL, World
 from tests.slurm.throwaway import ThrowAwaySlurm
@@ -181,14 +181,28 @@ def test_an_edited_snapshot_does_not_run(world: SlurmWorld) -> None:
     assert not (world.run / "stage1" / "DONE.json").exists()
 
 
+@pytest.mark.parametrize("when", ["before the second job.json", "before the release"])
 def test_a_submission_that_was_killed_is_completed(
-    world: SlurmWorld, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: SlurmWorld,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    when: str,
 ) -> None:
+    write = JobRecord.write
+
     def killed(job_id: str) -> None:
-        raise SystemExit("killed before it could release anything")
+        raise SystemExit(when)
+
+    def killed_at_the_second(record: JobRecord) -> None:
+        if record.name == "test.stage1.002":
+            raise SystemExit(when)
+        write(record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "release", killed)
+        if when == "before the release":
+            patch.setattr(commands, "release", killed)
+        else:
+            patch.setattr(JobRecord, "write", killed_at_the_second)
         with pytest.raises(SystemExit):
             world.submit("stages=[stage1]")
     first = world.ids()["test.stage1.001"]
@@ -197,7 +211,8 @@ def test_a_submission_that_was_killed_is_completed(
     assert f"released {first}" in capsys.readouterr().out
     world.wait_for_all()
     assert (world.run / "stage1" / "DONE.json").exists()
-    assert len(world.ids()) == 3
+    ids = world.slurm.job_ids(all_states=True)
+    assert len([i for i in ids if world.slurm.job(i)["Comment"].endswith(str(world.run))]) == 3
 
 
 def test_slurm_is_asked_without_queueing(
