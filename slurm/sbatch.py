@@ -66,13 +66,14 @@ def submit(
                 submitted[job.name] = record
                 record.write()
                 held += [job_id] if hold else []
+            job = None
             for job_id in held:
                 commands.release(job_id)
     except (ConfigError, OSError, Interrupted, KeyboardInterrupt) as error:
         names = [job.name for job in jobs]
         remains = _roll_back(run, names, list(submitted.values()))
         marker.unlink(missing_ok=True)
-        what = f"{job.name} was not submitted" if job is not None else "nothing was submitted"
+        what = f"{job.name} was not submitted" if job is not None else "the jobs cannot begin"
         raise ConfigError(f"{what}: {error or 'interrupted'}; {remains}") from error
     marker.unlink(missing_ok=True)
     return list(submitted.values())
@@ -143,7 +144,8 @@ def _roll_back(run: RunDirectory, names: Sequence[str], submitted: Sequence[JobR
     for record in submitted:
         with suppress(OSError):
             (Path(record.directory) / RECORD).unlink(missing_ok=True)
-    return f"the {len(ids)} jobs submitted before it were cancelled, nothing is queued"
+    what = "the job" if len(ids) == 1 else f"each of the {len(ids)} jobs"
+    return f"{what} submitted until then was cancelled, nothing is queued"
 
 
 @contextmanager
@@ -156,7 +158,9 @@ def _interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's affair
         return
-    before = {number: signal.signal(number, received) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # Under nohup a lost connection is to be ignored.
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, received) for number in heard}
     try:
         yield
     finally:

@@ -144,6 +144,26 @@ def test_a_lost_connection_leaves_nothing(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_jobs_that_cannot_be_released_do_not_stay(
+    fake: FakeSlurm, run: RunDirectory, config: Config
+) -> None:
+    (fake.root / "bin" / "scontrol").write_text(
+        "#!/bin/bash\necho 'slurm_suspend error: Access/permission denied' >&2; exit 1\n"
+    )
+    with pytest.raises(ConfigError, match="^the jobs cannot begin: .*denied.*nothing is queued"):
+        submit(three(run), config, run)
+    assert fake.queue() == {} and list(records(run.root)) == []
+
+
+def test_nohup_is_respected(fake: FakeSlurm, run: RunDirectory, config: Config) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        submit(three(run), config, run)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_full_disk_leaves_nothing(
     fake: FakeSlurm, run: RunDirectory, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
