@@ -124,7 +124,7 @@ def node_downed(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     node = run.nodes(job)[-1]
     run.slurm.update_node(node, "down", "replace the fan")
     run.until(lambda: run.noticed(job), f"the end of job {job} on {node}", PATIENCE)
-    run.slurm.update_node(node, "resume")
+    run.slurm.restart_node(node)
 
 
 def cancelled(run: PipelineRun, stage: str, step: int = FIRST) -> None:

@@ -449,7 +449,9 @@ class ThrowAwaySlurm:
     def update_node(self, node: str, state: str, reason: str = "test") -> None:
         """scontrol update of its state: down, drain, resume, ... ."""
         because = [] if state == "resume" else [f"reason={reason}"]
-        self.run("scontrol", "update", f"nodename={node}", f"state={state}", *because)
+        words = ("scontrol", "update", f"nodename={node}", f"state={state}", *because)
+        # A node that has come back by itself (ReturnToService) cannot be resumed.
+        self.run(*words, check=state != "resume")
 
     def clean(self) -> None:
         """As at the beginning: no jobs, every node idle."""
