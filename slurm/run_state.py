@@ -125,7 +125,7 @@ def _summary(
         files=stage,
         state=name,
         segment=next(iter(running or live or segments[-1:]), None),
-        segments=max(len(segments), int(planned.get("segments") or 0)),
+        segments=max(len(segments), _whole(planned.get("segments"))),
         hours_used=_hours_used(root / stage.name, stage, segments, alive, with_gpus),
         hours_left=_hours_left(stage, segments, planned, with_gpus),
     )
@@ -186,6 +186,10 @@ def _ranks(stage: StageState) -> int:
     return size if isinstance(size, int) else 1
 
 
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
 def _cost(settings: Mapping[str, Any]) -> tuple[str, float] | None:
     try:
         site = settings["cluster"]["site"]
@@ -221,7 +225,7 @@ def runs_here(root: Path, stage: StageState) -> bool:
         os.kill(pid, 0)
     except PermissionError:
         pass  # somebody else's, and alive
-    except (OSError, ValueError):
+    except (OSError, ValueError, OverflowError):
         return False
     try:
         if b"slurm" not in Path(f"/proc/{pid}/cmdline").read_bytes():

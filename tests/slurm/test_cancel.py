@@ -251,3 +251,19 @@ def test_a_real_chain_at_once(slurm: ThrowAwaySlurm, run: WatchedRun) -> None:
     assert {slurm.wait(job, timeout=20) for job in ids.values()} == {"CANCELLED"}
     assert not (run.segment("stage1", 2) / "began").exists()
     assert json.loads((run.root / "plan.json").read_text())["format"] == 1
+
+
+@pytest.mark.slurm
+def test_what_the_sysadmins_page_says_cancels_a_run(slurm: ThrowAwaySlurm, run: WatchedRun) -> None:
+    page = Path(__file__).parents[2] / "docs" / "for_sysadmins.md"
+    lines = [line.split("  #")[0] for line in page.read_text().splitlines() if "awk" in line]
+    pending, everything = (line.replace("USER", slurm.user) for line in lines)
+    ids = submit_chain(run)
+    other = slurm.sbatch(wrap="sleep 60")
+    wait_for(run.segment("stage1", 1) / "up.1")
+    slurm.run("sh", "-c", pending)
+    assert {slurm.wait(ids[name]) for name in ("second", "verify", "later")} == {"CANCELLED"}
+    assert slurm.state(ids["first"]) == "RUNNING"
+    slurm.run("sh", "-c", everything)
+    assert slurm.wait(ids["first"], timeout=20) == "CANCELLED"
+    assert slurm.state(other) == "RUNNING", "no other job of the user"
