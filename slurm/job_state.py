@@ -19,6 +19,7 @@ ENDED_WELL = ("COMPLETED",)
 _OUTCOMES = {"done": "COMPLETED", "stopped": "COMPLETED", "killed": "KILLED"}
 _OTHERWISE = "FAILED"
 GONE = "ENDED"  # Slurm has forgotten it, and no file says how it ended
+CANCELLED_EARLY = "cancelled before it began"
 _NAMELESS = "allocation"  # sacct's word while the database has not heard of a job's name yet
 UNKNOWN = "UNKNOWN"  # Slurm does not answer
 
@@ -96,7 +97,7 @@ def _merge(
     if live and job.reason == "Dependency" and job.dependency:
         reason = f"waits for {_waits(job.dependency, names)}"
     elif not live and job.state == "CANCELLED" and not job.used and not failed_before(job.reason):
-        reason = "cancelled before it began"  # the reason is that for which it was waiting
+        reason = CANCELLED_EARLY  # Slurm's word is that for which it was waiting
     return JobState(
         **{
             **vars(state),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm.array_state import ArrayState
-from slurm.job_state import JobState, short
+from slurm.job_state import CANCELLED_EARLY, JobState, short
 from slurm.run_state import RunState, StageSummary
 
 WIDTH = 100  # columns, where the terminal does not say
@@ -240,8 +240,10 @@ def _tells(job: JobState, state: RunState) -> bool:
     """Live jobs, and the newest of a kind where it ended badly and has not been made good."""
     if job.is_live:
         return True
-    if not job.ended_badly or any(
-        s.files.name == job.stage and s.files.is_done for s in state.stages
+    if (
+        not job.ended_badly
+        or job.reason == CANCELLED_EARLY
+        or any(s.files.name == job.stage and s.files.is_done for s in state.stages)
     ):
         return False
     kind = (job.kind, job.stage, job.task)

@@ -282,8 +282,9 @@ def test_an_ended_job_does_not_tell_why_it_once_waited(run: WatchedRun, programs
     run.plan("stage1")
     run.record("stage1.001", "11")
     programs.answers("squeue", out=squeue_row("11", "demo.stage1.001", "CANCELLED", "JobHeldUser"))
-    told = status(run.words)
+    told = status([*run.words, "all=true"])
     assert "cancelled before it began" in told and "release" not in told
+    assert "stage1 segment" not in status(run.words), "somebody wanted it so"
 
 
 def test_jobs_that_only_slurm_knows_of(run: WatchedRun, programs: Programs) -> None:
