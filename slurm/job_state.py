@@ -162,7 +162,8 @@ def _ending(
     bad = [job for job in accounted if job.state not in ENDED_WELL]
     if accounted:
         job = (bad or list(accounted))[0]
-        if job.state == "CANCELLED" and job.start is None and record.dependency:
+        # Accounting may give a job that never began its end as its start.
+        if job.state == "CANCELLED" and not job.seconds and record.dependency:
             return job.state, "never began: predecessor failed, or cancelled"
         return job.state, "" if job.state in ENDED_WELL else f"exit code {job.exit_code}"
     own = [attempt for attempt in attempts if attempt.job_id == record.job_id]

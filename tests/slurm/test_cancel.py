@@ -172,6 +172,8 @@ def test_a_local_run_is_asked_to_end(run: WatchedRun, programs: Programs) -> Non
     process = os.spawnv(os.P_NOWAIT, sys.executable, ["python", "-c", code, "slurm.submit"])
     try:
         (run.root / ".lock").write_text(str(process))
+        while b"slurm.submit" not in Path(f"/proc/{process}/cmdline").read_bytes():
+            time.sleep(0.01)  # the child still is this process
         (said, *_) = cancel(run.root)
     finally:
         os.kill(process, 9)

@@ -118,6 +118,18 @@ def test_accounting_wins_over_the_runs_own_records(run: WatchedRun, programs: Pr
     assert "by Slurm's accounting" in status(run.words)
 
 
+@pytest.mark.parametrize("start", ["Unknown", "1795253400"])
+def test_accounts_of_a_job_that_never_began(
+    run: WatchedRun, programs: Programs, start: str
+) -> None:
+    run.plan("stage1", "stage2")
+    run.record("stage2.001", "21", dependency="afterok:12")
+    programs.answers("squeue")
+    fields = ["21", "demo.stage2.001", "CANCELLED by 0", "0:0", start, "1795253400", "0", "2", ""]
+    programs.answers("sacct", out=FIELD.join(fields) + "\n")
+    assert "never began: predecessor failed, or cancelled" in " ".join(status(run.words).split())
+
+
 def test_one_squeue_one_sacct_a_minute(
     run: WatchedRun, programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
