@@ -29,14 +29,17 @@ def cancel_later(stage_dir: Path, segment_dir: Path) -> None:
 
 
 def avoid(stage_dir: Path, bad: Sequence[str], own_job: str) -> None:
-    """Keep the run's pending jobs off bad nodes; they keep the nodes that the user named too."""
+    """Keep the run's pending jobs off bad nodes; they keep the nodes that the user named too.
+
+    Nothing to do without `own_job`, outside Slurm.
+    """
     if not own_job:
         return
     from slurm.commands import SlurmError, squeue, update
 
     excluded = ",".join(dict.fromkeys([*(cluster_settings(stage_dir).get("exclude") or ()), *bad]))
     try:
-        ids = {record.job_id for record in records(stage_dir.parent)} - {own_job}
+        ids = {record.job_id for record in records(stage_dir.parent)}
         waiting = {job.job_id for job in squeue() if job.state == "PENDING"}
     except ConfigError as error:
         _warn(f"queued jobs may still get {', '.join(bad)} ({error})")

@@ -194,10 +194,11 @@ def test_an_edited_snapshot_does_not_start(
 
 def test_a_forged_listing_names_no_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     (run.root / "code" / "models" / "one.py").write_text("3\n")
-    (run.root / "code.sha256").write_text(listing(file_digests(run.root / "code")))
+    forged = {**file_digests(run.root / "code"), "models/two.py": "0" * 64}
+    (run.root / "code.sha256").write_text(listing(forged))
     assert run.begin() == 1
     error = capsys.readouterr().err
-    assert "is not what was submitted;" in error and "one.py" not in error
+    assert "is not what was submitted;" in error and ".py" not in error
 
 
 @pytest.mark.parametrize("code", [143, 140, 138, 130])
@@ -333,6 +334,7 @@ def test_a_bad_node_is_excluded_and_does_not_count(run: Run, slurm_calls: list[l
     run.queue(17, 1)
     run.queue(18, 2)
     run.queue(21, 1, stage="stage2")
+    run.queue(40, 1, stage="stage3")  # has ended
     report = run.segment / "preflight"
     report.mkdir()
     run.begin()
@@ -414,9 +416,15 @@ def test_verify(run: Run) -> None:
     assert f"{manifest} is missing" in (segment.verify(run.stage) or "")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"checkpoint": "../import", "checkpoint_digest": ""}']
-)
+def test_verify_stays_in_the_stage(run: Run) -> None:
+    run.done()
+    (run.stage / "checkpoints").rename(run.root / "checkpoints")
+    text = (run.stage / "DONE.json").read_text().replace("checkpoints/", "../checkpoints/")
+    (run.stage / "DONE.json").write_text(text)
+    assert "outside its folder" in (segment.verify(run.stage) or "")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
 def test_verify_distrusts_done(run: Run, text: str) -> None:
     (run.stage / "DONE.json").write_text(text)
     reason = segment.verify(run.stage)

@@ -51,6 +51,11 @@ def test_one_more_step_and_a_save_fit_before_the_end() -> None:
     assert len(trainer.said) == 1 and "nearly over" in trainer.said[0]
 
 
+def test_the_step_in_which_ranks_agree_is_counted() -> None:
+    trainer = run(limit=200, step=20, save=5, saves=(2,))
+    assert 20 + 5 <= trainer.time_left < 2 * (2 * 20 + 5)
+
+
 def test_a_save_is_not_counted_as_a_slow_step() -> None:
     """The event of the step after a save holds the save's seconds as well."""
     patient = run(limit=200, step=1, save=30, saves=(2, 4))
