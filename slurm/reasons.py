@@ -25,7 +25,9 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("Reservation", "waits for its reservation"),
     ("JobHoldMaxRequeue|launch_failed_requeued_held|launch failed requeued held",
      "failed to start several times and is held; `scontrol release {id}` tries again"),
-    ("BadConstraints", "no node has what it asks for"),
+    # The second half is Slurm 22.05 with exclusive jobs; neither a release nor the nodes help.
+    ("BadConstraints", "no node has what it asks for; or, where it has run before, all its nodes "
+     "died at once: then `scancel {id}`, and the next segment goes on"),
     ("Licenses|BurstBuffer", "waits for a resource of the site"),
     ("NonZeroExitCode", "ended with an error"),
     ("TimeLimit", "ran out of walltime"),

@@ -89,6 +89,24 @@ def _node_dies(run: PipelineRun, stage: str, step: int, which: int) -> None:
     run.slurm.restart_node(node)
 
 
+def all_nodes_die(run: PipelineRun, stage: str, step: int = FIRST) -> None:
+    """Every node of the job dies at once, as a rack does; where Slurm gives up, so does the user.
+
+    Slurm 22.05 requeues an exclusive job and then holds it for ever (BadConstraints), whatever
+    comes back or is released; `make status` says what helps.
+    """
+    job = run.until_step(stage, step)
+    nodes = run.nodes(job)
+    for node in nodes:
+        run.slurm.kill_node(node)
+    run.until(lambda: run.noticed(job), f"Slurm noticing that {nodes} are dead", PATIENCE)
+    time.sleep(2)
+    if run.slurm.job(job)["Reason"] == "BadConstraints":
+        run.slurm.run("scancel", job)
+    for node in nodes:
+        run.slurm.restart_node(node)
+
+
 def orphans_wake_up(run: PipelineRun, stage: str, step: int = FIRST) -> None:
     """Both nodes hang, Slurm gives the job to others, then the old ranks go on as if nothing was.
 
@@ -188,7 +206,9 @@ SCENARIOS = {
         Scenario(ranks_killed, "stage3"),
         Scenario(node_dies, "stage2"),
         Scenario(first_node_dies, "stage1"),
-        Scenario(orphans_wake_up, "stage2"),
+        Scenario(all_nodes_die, "stage3"),
+        # Shared nodes, for the reason that all_nodes_die gives.
+        Scenario(orphans_wake_up, "stage2", ("cluster.exclusive=false",)),
         Scenario(node_downed, "stage3"),
         Scenario(cancelled, "stage2"),
         Scenario(checkpoint_truncated, "stage1"),

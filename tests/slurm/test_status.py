@@ -389,6 +389,7 @@ def test_words() -> None:
     assert in_words("QOSMaxWallDurationPerJobLimit").startswith("QOSMaxWall")
     assert "walltime above the limit" in in_words("QOSMaxWallDurationPerJobLimit")
     assert "allow at once" in in_words("QOSMaxJobsPerUserLimit")
+    assert "`scancel 17`" in in_words("BadConstraints", "17")
     assert "hours are used up" in in_words("AssocGrpBillingMinutes")
     assert in_words("None") == "" and in_words("SomethingNew") == "SomethingNew"
 
