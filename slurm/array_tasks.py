@@ -151,9 +151,12 @@ def _evaluate(config: Config, asked: Asked, run: Path) -> list[Item]:
     found = [path for path in sorted(sets.glob("*.parquet")) if not path.stem.endswith(PAIRS)]
     for stage, export in _exports(run).items():
         for path in found:
+            out = run / stage / "evaluation" / f"{path.stem}.json"
             words = ["tools.evaluate", f"run={config.run}", f"runs_dir={config.runs_dir}"]
             words += [f"stage={stage}", f"split={path.stem}"]
-            made = _exactly(run / stage / "evaluation" / f"{path.stem}.json")
+            if not path.with_name(f"{path.stem}{PAIRS}.parquet").is_file():  # that form wants pairs
+                words = ["tools.evaluate", f"export={export}", f"questions={path}", f"out={out}"]
+            made = _exactly(out)
             files = stamp([*_files(export), path])
             items.append(Item(f"{stage}.{path.stem}", tuple(words), files, result=made))
     if not items:

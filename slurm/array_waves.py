@@ -91,8 +91,15 @@ def moved(folder: TaskFolder, wave: Wave) -> bool:
 # --- jobs -------------------------------------------------------------------------------------
 
 
-def array_job(config: Config, task: Task, wave: Wave, folder: TaskFolder, throttle: int) -> Job:
-    """The array of one wave."""
+def array_job(
+    config: Config,
+    task: Task,
+    wave: Wave,
+    folder: TaskFolder,
+    throttle: int,
+    after: Sequence[str] = (),
+) -> Job:
+    """The array of one wave, after the arrays `after` (ids), so that the throttle holds for all."""
     directory = folder.wave(wave.number)
     nodes, ranks_per_node, gpus, cpus = _needs(config, task)
     body = single_command(config, ["slurm.array_element", str(directory)])
@@ -110,6 +117,7 @@ def array_job(config: Config, task: Task, wave: Wave, folder: TaskFolder, thrott
         cpus_per_rank=cpus,
         exclusive=task.ranks and config.cluster.exclusive,
         number=wave.number,
+        after_any=tuple(after),
         elements=len(wave.elements),
         throttle=throttle,
     )
@@ -164,8 +172,10 @@ class Queued:
     """Jobs of one task that wait or run."""
 
     items: Mapping[str, Item]  # those of live elements, by name
+    arrays: tuple[str, ...] = ()  # ids of live arrays
     next_job: str = ""  # id of the job that will submit the rest
     held: tuple[str, ...] = ()  # ids of jobs that a user, or a submission cut short, holds
+    newest: int = 0  # number of a wave
 
 
 def of_run(run: RunDirectory, rows: Sequence[QueuedJob]) -> list[QueuedJob]:
@@ -184,7 +194,8 @@ def queued(folder: TaskFolder, config: Config, live: Sequence[QueuedJob], own_id
     pattern = re.compile(re.escape(f"{config.run}.{folder.root.name}.") + rf"(\d+)(\.{NEXT})?")
     waves: dict[int, Wave] = {}
     items: dict[str, Item] = {}
-    next_job = ""
+    next_job, newest = "", 0
+    arrays: list[str] = []
     held: list[str] = []
     for job in live:
         found = pattern.fullmatch(job.name)
@@ -192,16 +203,19 @@ def queued(folder: TaskFolder, config: Config, live: Sequence[QueuedJob], own_id
             continue
         if job.reason == HELD and job.job_id not in held:
             held.append(job.job_id)
+        number = int(found[1])
+        newest = max(newest, number)
         if found[2]:
             next_job = job.job_id
             continue
-        number = int(found[1])
+        if job.job_id not in arrays:
+            arrays.append(job.job_id)
         if number not in waves:
             waves[number] = read_wave(folder.wave(number))
         elements = waves[number].elements
         if job.array_index is not None and job.array_index < len(elements):
             items |= {item.name: item for item in elements[job.array_index]}
-    return Queued(items, next_job, tuple(held))
+    return Queued(items, tuple(arrays), next_job, tuple(held), newest)
 
 
 def refuse_other_settings(queued: Queued, items: Sequence[Item], directory: Path) -> None:

@@ -21,14 +21,14 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conf.compose import compose, dump, load
 from conf.schema import Config
 from conf.schema.errors import ConfigError
 from conf.snapshot import code_digest
-from slurm import array_cost, array_local, array_waves, commands, run_directory, sbatch
+from slurm import array_cost, array_local, array_waves, commands, queue_state, run_directory, sbatch
 from slurm.array_items import FAILED, Item, TaskFolder, Wave, group, read_wave
 from slurm.array_request import Request, parse, refuse_bad
 from slurm.array_tasks import TASKS, Task, items_of
@@ -75,8 +75,7 @@ def submit(arguments: Sequence[str]) -> None:
                 raise
             print(f"note: {error}; the script is made from the settings alone", file=sys.stderr)
     with run.locked():
-        rows = [] if request.dry else commands.squeue()
-        _submit_wave(request, config, run, rows)
+        _submit_wave(request, config, run, Rows() if request.dry else _ask(run))
 
 
 def go_on(directory: Path) -> None:
@@ -97,7 +96,7 @@ def go_on(directory: Path) -> None:
         for attempt in range(TRIES):
             try:
                 with run.locked():
-                    _submit_wave(request, config, run, commands.squeue(), wave)
+                    _submit_wave(request, config, run, _ask(run), wave)
                 return
             except ConfigError as error:
                 if attempt == TRIES - 1 or not _will_pass(error):
@@ -117,6 +116,21 @@ def _will_pass(error: ConfigError) -> bool:
     return busy or isinstance(error, NoRoom | RunInUse)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """One look at the queue: live jobs, elements by themselves."""
+
+    of_run: Sequence[QueuedJob] = ()
+    of_user: int = 0
+
+
+def _ask(run: RunDirectory) -> Rows:
+    rows = [job for job in commands.squeue() if job.is_live]
+    others = [commands.squeue(user=uid) for uid in map(str, queue_state.colleagues(run.root))]
+    every = rows + [job for jobs in others for job in jobs if job.is_live]
+    return Rows(array_waves.of_run(run, every), len(rows))
+
+
 class NoRoom(ConfigError):
     """The site lets this user submit nothing more now."""
 
@@ -129,29 +143,31 @@ def _submit_wave(
     request: Request,
     config: Config,
     run: RunDirectory,
-    rows: Sequence[QueuedJob],
+    rows: Rows,
     before: Wave | None = None,
 ) -> None:
     """Submit a wave of what is neither done nor queued; `before` is that which this one follows."""
     task, root = TASKS[request.task], absolute(run)
     folder = TaskFolder.of(root, request.task)
-    live = array_waves.of_run(run, rows)
-    queued = array_waves.queued(folder, config, live, os.environ.get("SLURM_JOB_ID", ""))
+    own_id = os.environ.get("SLURM_JOB_ID", "") if before else ""
+    queued = array_waves.queued(folder, config, rows.of_run, own_id)
+    release = _cut_short(run, rows, queued)
     items = items_of(request.task, config, request.asked, root)
     array_waves.refuse_other_settings(queued, items, folder.root)
     missing = folder.missing(items)
     left = [item for item in missing if item.name not in queued.items]
-    number = _number(folder)
     out = array_waves.tried_too_often(folder, left, before.submission) if before else []
     left = [item for item in left if item.name not in out]
     state = f"{request.task}: {len(items)} items, {len(items) - len(missing)} done"
     state += f", {len(queued.items)} queued" if queued.items else ""
     if out:
         state += f", {len(out)} left out after two failures: {_some(out)}"
-    for job_id in queued.held:
-        print(f"job {job_id} is held: `scontrol release {job_id}` lets it start")
     if not left or queued.next_job:
         print(state)
+        for job_id in release:
+            commands.release(job_id)
+            print(f"job {job_id} was held since its submission was cut short; it is released")
+        (run.root / queue_state.SUBMITTING).unlink(missing_ok=True)
         if queued.next_job:
             print(f"job {queued.next_job} submits the rest when the queued elements have ended")
         elif out:
@@ -161,23 +177,23 @@ def _submit_wave(
         elif not missing:
             print(f"nothing to do; the markers are in {folder.root / 'done'}")
         return
-    waiting_or_running = sum(job.is_live for job in rows)
-    wave, jobs = _plan(request, config, folder, left, number, waiting_or_running, before)
+    number = max(_number(folder), queued.newest + 1)
+    wave, jobs = _plan(request, config, folder, left, number, rows.of_user, queued.arrays, before)
     wave = replace(wave, left_out=tuple(out))
     print(f"{state}, {len(left)} to do")
     for line in array_cost.lines(wave, jobs[0], folder, config):
         print(line)
-    refuse_over_limits(jobs, config, waiting_or_running)
+    refuse_over_limits(jobs, config, rows.of_user)
     if before is None and not (request.dry or request.test_only):
         array_cost.confirm(wave, jobs[0], folder, config, request.yes)
     if before is None:
-        _take_snapshot(run, live, request.dry)
+        _take_snapshot(run, rows.of_run, request.dry)
     _write(config, task, wave, jobs[0].directory)
     if request.dry or request.test_only:
         _show(request, config, run, jobs)
         return
     try:
-        submitted = sbatch.submit(jobs, config, run, excluded_nodes(run.root))
+        submitted = sbatch.submit(jobs, config, run, excluded_nodes(run.root), release)
     except ConfigError as error:
         if array_waves.room(config, jobs[0].nodes, 0) is None and len(wave.elements) > 1:
             raise ConfigError(f"{error}; {UNKNOWN_LIMIT}") from error
@@ -192,6 +208,23 @@ def _submit_wave(
         )
 
 
+def _cut_short(run: RunDirectory, rows: Rows, queued: array_waves.Queued) -> list[str]:
+    """Jobs of this task that a submission which was killed has left held.
+
+    ConfigError where that submission was another command's: its jobs must not begin without it.
+    """
+    if not (run.root / queue_state.SUBMITTING).exists():
+        return []
+    held = [job for job in rows.of_run if job.reason == array_waves.HELD]
+    others = sorted({job.name for job in held if job.job_id not in queued.held})
+    if others:
+        raise ConfigError(
+            f"{others[0]} is held since its submission was cut short; give that command again, or "
+            "cancel it (`make cancel`), first"
+        )
+    return list(queued.held)
+
+
 def _plan(
     request: Request,
     config: Config,
@@ -199,6 +232,7 @@ def _plan(
     left: Sequence[Item],
     number: int,
     queued: int,
+    after: Sequence[str],
     before: Wave | None,
 ) -> tuple[Wave, list[Job]]:
     """The next wave and its jobs, within what the site lets one submit."""
@@ -230,7 +264,7 @@ def _plan(
         elements=tuple(elements[: share.now]),
         waiting=len(elements) - share.now,
     )
-    array = array_waves.array_job(config, task, wave, folder, throttle)
+    array = array_waves.array_job(config, task, wave, folder, throttle, after)
     return wave, [array, *([array_waves.next_wave_job(config, wave, array)] * share.chained)]
 
 

@@ -38,7 +38,7 @@ def ask(run: RunDirectory) -> Queue:
     known = {record.job_id: record.name for record in records(run.root)}
     jobs = [job for job in commands.squeue() if job.is_live]
     of_user = len(jobs)
-    for uid in _colleagues(run.root):
+    for uid in colleagues(run.root):
         jobs += [job for job in commands.squeue(user=str(uid)) if job.is_live]
     found: dict[str, QueuedJob] = {}
     for job in jobs:
@@ -79,7 +79,7 @@ def sort(jobs: Mapping[str, QueuedJob]) -> LiveJobs:
     return LiveJobs(segments, verifiers, export, frozenset(job.name for job in jobs.values()))
 
 
-def _colleagues(root: Path) -> set[int]:
+def colleagues(root: Path) -> set[int]:
     """User ids of others who have submitted jobs of the run."""
     paths = (path for folder in FOLDERS for path in root.glob(f"{folder}/[0-9]*/{RECORD}"))
     return {path.stat().st_uid for path in paths} - {os.getuid()}

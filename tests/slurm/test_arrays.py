@@ -402,6 +402,7 @@ def test_items_of_evaluate(config: Config, tmp_path: Path) -> None:
     names = ["stage1.dev", "stage1.held_out", "stage3.dev", "stage3.held_out"]
     assert [one.name for one in items] == names
     assert items[0].words[-2:] == ("stage=stage1", "split=dev")
+    assert items[1].words[-1].startswith("out=")  # it has no pairs
     (run / "hf" / "model.safetensors").write_bytes(b"new weights")
     changed = items_of("evaluate", config, Asked(), run)
     assert [a.stamp == b.stamp for a, b in zip(items, changed, strict=True)] == [
@@ -505,6 +506,7 @@ def test_what_is_queued_is_known_by_item(config: Config, folder: TaskFolder) -> 
     rows += [row("r.commands.003", 0), row("r.commands.003.next", None, job_id="8")]
     found = queued(folder, config, rows, own_id="")
     assert set(found.items) == {"a", "b", "c"} and found.next_job == "8"
+    assert found.arrays == ("7",) and found.newest == 3
     assert queued(folder, config, rows, own_id="8").next_job == ""
     held = [row("r.commands.003", 0, reason="JobHeldUser")]
     assert queued(folder, config, held, own_id="").held == ("7",)

@@ -143,16 +143,23 @@ def test_only_killed_elements_are_submitted_again(
     assert array.submit() == 0  # all six are queued or running
     assert "6 queued" in capsys.readouterr().out
     slurm.run("scancel", f"{job_id}_5")  # pending
+    assert array.submit() == 0
+    assert "1 to do" in capsys.readouterr().out
+    after = slurm.job(array.job_id("002"))  # or more than two would run at once
+    assert (after["JobState"], after["Dependency"].partition("_")[0]) == (
+        "PENDING",
+        f"afterany:{job_id}",
+    )
     slurm.run("scancel", f"{job_id}_1")
     array.wait(lambda: array.pid("killed") > 0)
     os.kill(array.pid("killed"), 9)
     array.wait(lambda: array.live() == 0)
-    assert array.done() == {"i0", "i1", "i2"}
+    assert array.done() == {"i0", "i1", "i2", "i3"}
     assert array.folder.record("failed", "killed")["code"] == 137
     assert array.folder.record("failed", "cancelled") == {}
     go.touch()
     assert array.submit("elements=6") == 0
-    assert "6 items, 3 done, 3 to do" in capsys.readouterr().out
+    assert "6 items, 4 done, 2 to do" in capsys.readouterr().out
     array.wait(lambda: len(array.done()) == 6 and array.live() == 0)
     again = {name for name in array.names if array.starts(name) == 2}
     assert again == {"killed", "cancelled"} and array.starts("i3") == 1
