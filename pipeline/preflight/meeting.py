@@ -162,6 +162,7 @@ def judge(
             verdict.blame([node], facts["problem"])
         else:
             verdict.problems.append(f"{node}: {facts['problem']}")
+    _compare_gpus(verdict, found)
     leaders = [facts for facts in found.values() if facts["leads"] and not facts["problem"]]
     for kind in ("versions", "data"):
         for name in sorted({name for facts in leaders for name in facts.get(kind, {})}):
@@ -169,6 +170,17 @@ def judge(
             what = f"{name}" if kind == "versions" else f"the manifest of data set {name}"
             _compare(verdict, what, values, warn=name in WARNED_ONLY)
     return verdict
+
+
+def _compare_gpus(verdict: Verdict, found: Mapping[int, Mapping[str, Any]]) -> None:
+    """Ranks of a node must not share a GPU, as they do where all but one have failed."""
+    owners: dict[tuple[str, str], list[int]] = {}
+    for rank, facts in sorted(found.items()):
+        if facts.get("gpu_uuid"):
+            owners.setdefault((facts["node"], facts["gpu_uuid"]), []).append(rank)
+    for (node, uuid), ranks in owners.items():
+        if len(ranks) > 1:
+            verdict.blame([node], f"ranks {ranks} share its GPU {uuid}; the others do not show")
 
 
 def _compare(verdict: Verdict, what: str, values: Mapping[str, str], warn: bool) -> None:

@@ -37,24 +37,27 @@ def device(config: Config, local_rank: int) -> dict[str, Any]:
         _multiply(torch.device("cpu"))
         return {"device": "cpu", "cpus": len(os.sched_getaffinity(0))}
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if local_rank >= count > 1:
         raise Problem(f"rank {local_rank} of the node finds only {count} GPUs", node_fault=True)
+    # Some sites show each rank its own GPU only; that no two share one is seen at the rendezvous.
+    gpu = local_rank % count
     try:
-        torch.cuda.set_device(local_rank)
-        properties = torch.cuda.get_device_properties(local_rank)
-        free, total = torch.cuda.mem_get_info(local_rank)
+        torch.cuda.set_device(gpu)
+        properties = torch.cuda.get_device_properties(gpu)
+        free, total = torch.cuda.mem_get_info(gpu)
         promised = config.cluster.gpu_memory_gb
         if promised is not None and total < _MEMORY_SHARE * promised * GIGA:
             raise Problem(
-                f"GPU {local_rank} has {total / GIGA:.1f} GB, cluster.gpu_memory_gb={promised}",
+                f"GPU {gpu} has {total / GIGA:.1f} GB, cluster.gpu_memory_gb={promised}",
                 node_fault=True,
             )
-        _multiply(torch.device("cuda", local_rank))
+        _multiply(torch.device("cuda", gpu))
     except RuntimeError as error:  # CUDA's errors, out of memory among them
         line = str(error).strip().splitlines()[0]
-        raise Problem(f"GPU {local_rank} does not work ({line})", node_fault=True) from error
+        raise Problem(f"GPU {gpu} does not work ({line})", node_fault=True) from error
     return {
         "device": properties.name,
+        "gpu_uuid": str(getattr(properties, "uuid", "")),
         "gpu_gb": round(total / GIGA, 1),
         "gpu_free_gb": round(free / GIGA, 1),
         "gpus_visible": count,

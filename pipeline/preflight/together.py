@@ -15,7 +15,7 @@ from pipeline.preflight import bandwidth as net
 from pipeline.preflight.meeting import Meeting, judge, judge_clocks, meeting
 from pipeline.preflight.report import PASSED, Problem, RankReport, Verdict
 
-_SHARED = ("versions", "data")  # what rank 0 compares
+_SHARED = ("versions", "data", "gpu_uuid")  # what rank 0 compares
 
 
 def together(config: Config, report: RankReport, seconds: float) -> int:

@@ -314,6 +314,15 @@ def test_data_that_differs_on_one_node() -> None:
     assert verdict.nodes == {"n0": "the manifest of data set a is 2, elsewhere 1"}
 
 
+def test_ranks_that_share_a_gpu() -> None:
+    """A node all but one of whose GPUs have failed; and one that shows each rank its own."""
+    two = {r: facts(f"n{r // 2}", gpu_uuid=f"G{r if r < 2 else 7}") for r in range(4)}
+    assert judge(two, [], {}).nodes == {
+        "n1": "ranks [2, 3] share its GPU G7; the others do not show"
+    }
+    assert judge({r: facts("n0", gpu_uuid="") for r in range(2)}, [], {}).problems == []
+
+
 def test_clocks() -> None:
     verdict = Verdict()
     judge_clocks(verdict, {"n1": (9.0, 0.1), "n2": (-0.5, 0.1), "n3": (30.0, 26.0)})
