@@ -42,12 +42,12 @@ SUBMIT = $(call slurm,submit,slurm.submit) run=$(RUN) model=$(MODEL) data=$(DATA
 # Verbs that have no plan of their own to print only show their command with DRY=1.
 SHOW = $(if $(DRY),@echo would run:)
 # and those that run on this machine only.
-HERE = $(if $(REMOTE),$(error REMOTE= goes with stage1, stage2, stage3, pipeline, status, logs, cancel \
-	and array; give `make $@` there))$(SHOW)
+HERE = $(if $(REMOTE),$(error REMOTE= goes with stage1, stage2, stage3, pipeline, status, logs, cancel, \
+	steer and array; give `make $@` there))$(SHOW)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-remote demo test lint format shards stage1 stage2 stage3 pipeline status logs \
-	cancel array import export eval report
+	cancel steer array import export eval report
 
 help: ## this list
 	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -118,6 +118,9 @@ logs: $(LAUNCHER) ## the log of what runs now in RUN; ARGS="stage=stage2 follow=
 
 cancel: $(LAUNCHER) ## all queued jobs of RUN; running ones save first (ARGS=now=true: at once)
 	$(SHOW) $(call slurm,cancel,slurm.cancel) run=$(RUN) $(ARGS)
+
+steer: $(LAUNCHER) ## DO=save|exit|stop|go: act on RUN by a file, also where the jobs are a colleague's
+	$(call slurm,steer,slurm.steer) run=$(RUN) $(DO) $(ARGS)
 
 array: $(LAUNCHER) ## TASK=shards|validate|reference|evaluate of RUN as an array; ARGS="throttle=8"
 	$(call slurm,array,slurm.arrays) task=$(TASK) run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
