@@ -6,26 +6,19 @@ this wave submits; that job counts too.
 """
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from conf.schema import Config
-from conf.schema.errors import ConfigError
 from slurm import bodies
-from slurm.array_items import MOST_TRIES, Item, TaskFolder, Wave, read_wave
+from slurm.array_items import MOST_TRIES, Item, TaskFolder, Wave
 from slurm.array_tasks import Task
-from slurm.chain import absolute
-from slurm.commands import QueuedJob
-from slurm.job import Job, records
-from slurm.render import comment, shape, single_command
-from slurm.run_directory import RunDirectory
+from slurm.job import Job
+from slurm.render import shape, single_command
 
 ROUNDS = 4  # elements for each that runs at once, so that slow ones do not hold up the end
 LARGEST = 1000  # elements of one array, where the site does not say; Slurm's default
 NEXT = "next"
-HELD = "JobHeldUser"  # squeue's reason
 NEXT_WAVE_HOURS = 0.25
 _PORT = (
     f"export MASTER_PORT=$(( {bodies.FIRST_PORT} + SLURM_JOB_ID % {bodies.PORT_BLOCKS} * "
@@ -162,68 +155,3 @@ def _small(config: Config, gpus: int) -> tuple[int, int | None]:
     if not gpus or cores is None:
         return gpus, None
     return gpus, max(1, cores * gpus // max(1, config.cluster.gpus_per_node))
-
-
-# --- what is queued ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Queued:
-    """Jobs of one task that wait or run."""
-
-    items: Mapping[str, Item]  # those of live elements, by name
-    arrays: tuple[str, ...] = ()  # ids of live arrays
-    next_job: str = ""  # id of the job that will submit the rest
-    held: tuple[str, ...] = ()  # ids of jobs that a user, or a submission cut short, holds
-    newest: int = 0  # number of a wave
-
-
-def of_run(run: RunDirectory, rows: Sequence[QueuedJob]) -> list[QueuedJob]:
-    """Live jobs of a run, each element of an array by itself."""
-    mine = comment(absolute(run))
-    known = {record.job_id: record.name for record in records(run.root)}
-    return [
-        job
-        for job in rows
-        if job.is_live and (job.comment == mine or known.get(job.job_id) == job.name)
-    ]
-
-
-def queued(folder: TaskFolder, config: Config, live: Sequence[QueuedJob], own_id: str) -> Queued:
-    """Sort the run's live jobs: elements of this task, and the next wave's, but for `own_id`."""
-    pattern = re.compile(re.escape(f"{config.run}.{folder.root.name}.") + rf"(\d+)(\.{NEXT})?")
-    waves: dict[int, Wave] = {}
-    items: dict[str, Item] = {}
-    next_job, newest = "", 0
-    arrays: list[str] = []
-    held: list[str] = []
-    for job in live:
-        found = pattern.fullmatch(job.name)
-        if found is None or job.job_id == own_id:
-            continue
-        if job.reason == HELD and job.job_id not in held:
-            held.append(job.job_id)
-        number = int(found[1])
-        newest = max(newest, number)
-        if found[2]:
-            next_job = job.job_id
-            continue
-        if job.job_id not in arrays:
-            arrays.append(job.job_id)
-        if number not in waves:
-            waves[number] = read_wave(folder.wave(number))
-        elements = waves[number].elements
-        if job.array_index is not None and job.array_index < len(elements):
-            items |= {item.name: item for item in elements[job.array_index]}
-    return Queued(items, tuple(arrays), next_job, tuple(held), newest)
-
-
-def refuse_other_settings(queued: Queued, items: Sequence[Item], directory: Path) -> None:
-    """ConfigError when an element that waits or runs would do another thing under the same name."""
-    for item in items:
-        other = queued.items.get(item.name, item)
-        if other.words != item.words:
-            raise ConfigError(
-                f"{item.name} is queued with other settings ({directory}); give the old ones, wait "
-                "for it, or cancel it (`make cancel`)"
-            )

@@ -21,23 +21,29 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from conf.compose import compose, dump, load
 from conf.schema import Config
 from conf.schema.errors import ConfigError
-from conf.snapshot import code_digest
-from slurm import array_cost, array_local, array_waves, commands, queue_state, run_directory, sbatch
+from slurm import (
+    array_cost,
+    array_local,
+    array_queue,
+    array_waves,
+    commands,
+    queue_state,
+    sbatch,
+)
 from slurm.array_items import FAILED, Item, TaskFolder, Wave, group, read_wave
 from slurm.array_request import Request, parse, refuse_bad
 from slurm.array_tasks import TASKS, Task, items_of
 from slurm.chain import absolute
-from slurm.commands import QueuedJob
 from slurm.errors import SlurmError
 from slurm.exclude import read as excluded_nodes
 from slurm.files import write_text
-from slurm.job import RECORD, Job
+from slurm.job import Job
 from slurm.limits import refuse_over_limits
 from slurm.local import JobFailed
 from slurm.refusals import refuse_stopped
@@ -75,7 +81,9 @@ def submit(arguments: Sequence[str]) -> None:
                 raise
             print(f"note: {error}; the script is made from the settings alone", file=sys.stderr)
     with run.locked():
-        _submit_wave(request, config, run, Rows() if request.dry else _ask(run))
+        _submit_wave(
+            request, config, run, array_queue.Rows() if request.dry else array_queue.ask(run)
+        )
 
 
 def go_on(directory: Path) -> None:
@@ -96,7 +104,7 @@ def go_on(directory: Path) -> None:
         for attempt in range(TRIES):
             try:
                 with run.locked():
-                    _submit_wave(request, config, run, _ask(run), wave)
+                    _submit_wave(request, config, run, array_queue.ask(run), wave)
                 return
             except ConfigError as error:
                 if attempt == TRIES - 1 or not _will_pass(error):
@@ -116,21 +124,6 @@ def _will_pass(error: ConfigError) -> bool:
     return busy or isinstance(error, NoRoom | RunInUse)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One look at the queue: live jobs, elements by themselves."""
-
-    of_run: Sequence[QueuedJob] = ()
-    of_user: int = 0
-
-
-def _ask(run: RunDirectory) -> Rows:
-    rows = [job for job in commands.squeue() if job.is_live]
-    others = [commands.squeue(user=uid) for uid in map(str, queue_state.colleagues(run.root))]
-    every = rows + [job for jobs in others for job in jobs if job.is_live]
-    return Rows(array_waves.of_run(run, every), len(rows))
-
-
 class NoRoom(ConfigError):
     """The site lets this user submit nothing more now."""
 
@@ -143,17 +136,17 @@ def _submit_wave(
     request: Request,
     config: Config,
     run: RunDirectory,
-    rows: Rows,
+    rows: array_queue.Rows,
     before: Wave | None = None,
 ) -> None:
     """Submit a wave of what is neither done nor queued; `before` is that which this one follows."""
     task, root = TASKS[request.task], absolute(run)
     folder = TaskFolder.of(root, request.task)
     own_id = os.environ.get("SLURM_JOB_ID", "") if before else ""
-    queued = array_waves.queued(folder, config, rows.of_run, own_id)
-    release = _cut_short(run, rows, queued)
+    queued = array_queue.queued(folder, config, rows.of_run, own_id)
+    release = array_queue.cut_short(run, rows, queued)
     items = items_of(request.task, config, request.asked, root)
-    array_waves.refuse_other_settings(queued, items, folder.root)
+    array_queue.refuse_other_settings(queued, items, folder.root)
     missing = folder.missing(items)
     left = [item for item in missing if item.name not in queued.items]
     out = array_waves.tried_too_often(folder, left, before.submission) if before else []
@@ -177,7 +170,7 @@ def _submit_wave(
         elif not missing:
             print(f"nothing to do; the markers are in {folder.root / 'done'}")
         return
-    number = max(_number(folder), queued.newest + 1)
+    number = max(array_queue.free_number(folder), queued.newest + 1)
     wave, jobs = _plan(request, config, folder, left, number, rows.of_user, queued.arrays, before)
     wave = replace(wave, left_out=tuple(out))
     print(f"{state}, {len(left)} to do")
@@ -187,7 +180,7 @@ def _submit_wave(
     if before is None and not (request.dry or request.test_only):
         array_cost.confirm(wave, jobs[0], folder, config, request.yes)
     if before is None:
-        _take_snapshot(run, rows.of_run, request.dry)
+        array_queue.take_snapshot(run, rows.of_run, request.dry)
     _write(config, task, wave, jobs[0].directory)
     if request.dry or request.test_only:
         _show(request, config, run, jobs)
@@ -206,23 +199,6 @@ def _submit_wave(
             "nothing is left in the queue for a job that submits the rest: give the same command "
             "again when these have ended"
         )
-
-
-def _cut_short(run: RunDirectory, rows: Rows, queued: array_waves.Queued) -> list[str]:
-    """Jobs of this task that a submission which was killed has left held.
-
-    ConfigError where that submission was another command's: its jobs must not begin without it.
-    """
-    if not (run.root / queue_state.SUBMITTING).exists():
-        return []
-    held = [job for job in rows.of_run if job.reason == array_waves.HELD]
-    others = sorted({job.name for job in held if job.job_id not in queued.held})
-    if others:
-        raise ConfigError(
-            f"{others[0]} is held since its submission was cut short; give that command again, or "
-            "cancel it (`make cancel`), first"
-        )
-    return list(queued.held)
 
 
 def _plan(
@@ -319,30 +295,6 @@ def _run_here(request: Request, config: Config, run: RunDirectory) -> None:
     write_text(directory / CONFIG, dump(config))
     wave.write(directory)
     array_local.run(config, folder, wave, throttle, ranks=task.ranks)
-
-
-def _take_snapshot(run: RunDirectory, live: Sequence[QueuedJob], dry: bool) -> None:
-    """The jobs run the code of now; ConfigError when that is not what queued ones began with."""
-    try:
-        same = sbatch.snapshot_digest(run) == code_digest(run_directory.REPOSITORY)
-    except ConfigError:
-        same = False
-    if same or (dry and (run.root / "plan.json").exists()):
-        return
-    if live:
-        raise ConfigError(
-            f"{len(live)} jobs of {run.root} are queued or running with other code than is here "
-            "now; wait for them, cancel them (`make cancel`), or choose another run=NAME"
-        )
-    run.record_code()
-
-
-def _number(folder: TaskFolder) -> int:
-    """The next wave's number; one that was written but never submitted is taken again."""
-    number = folder.next_number() - 1
-    directory = folder.wave(number)
-    unused = directory.is_dir() and not (directory / RECORD).exists()
-    return number if unused and not any(directory.glob("log*.out")) else number + 1
 
 
 def _some(names: Sequence[str]) -> str:

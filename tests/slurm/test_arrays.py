@@ -17,6 +17,7 @@ from slurm import array_element, arrays
 from slurm.array_element import STOPPED, Stop, run_element
 from slurm.array_items import Item, TaskFolder, Wave, group, read_wave
 from slurm.array_process import Ending, Processes, last_line
+from slurm.array_queue import queued
 from slurm.array_request import parse
 from slurm.array_tasks import TASKS, Asked, items_of
 from slurm.array_waves import (
@@ -25,7 +26,6 @@ from slurm.array_waves import (
     items_per_element,
     moved,
     next_wave_job,
-    queued,
     share,
     tried_too_often,
 )

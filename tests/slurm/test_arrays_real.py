@@ -215,6 +215,28 @@ def test_wave_that_cannot_be_followed_says_what_to_type(
     assert array.done() == {"i0", "i1"}
 
 
+def test_submission_that_was_killed_is_taken_up(
+    slurm: ThrowAwaySlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As left by kill -9 before the release: the array is held, its record may be lost."""
+    array = Array(tmp_path, slurm)
+    for number in range(4):
+        array.add(f"i{number}")
+    slurm.update_node("cpu[1-4]", "drain")
+    assert array.submit("elements=2") == 0
+    job_id = array.job_id("001")
+    slurm.run("scontrol", "uhold", job_id)
+    (array.folder.root / "001" / RECORD).unlink()
+    (array.folder.root.parent.parent / ".submitting").touch()
+    capsys.readouterr()
+    assert array.submit("elements=2") == 0
+    assert f"job {job_id} was held" in capsys.readouterr().out
+    assert array.folder.waves() == [1]
+    slurm.update_node("cpu[1-4]", "resume")
+    array.wait(lambda: len(array.done()) == 4 and array.live() == 0)
+    assert {array.starts(name) for name in array.names} == {1}
+
+
 def test_requeued_element_passes_over_what_is_done(slurm: ThrowAwaySlurm, tmp_path: Path) -> None:
     array = Array(tmp_path, slurm)
     go = tmp_path / "go"
