@@ -124,7 +124,8 @@ steer: $(LAUNCHER) ## DO=save|exit|stop|go: act on RUN by a file, also where the
 
 array: $(LAUNCHER) ## TASK=shards|validate|reference|evaluate of RUN as an array; ARGS="throttle=8"
 	$(call slurm,array,slurm.arrays) task=$(TASK) run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) \
-		$(if $(DRY),dry=$(DRY)) $(ARGS)
+		$(if $(DRY),dry=$(DRY)) $(if $(TEST_ONLY),test_only=$(TEST_ONLY)) $(if $(YES),yes=$(YES)) \
+		$(ARGS)
 
 import: $(READY) ## VISION= LANGUAGE= TOKENIZER= (Hugging Face folders), or LLAVA=, to runs/RUN/import
 	$(HERE) $(PY) -m tools.hf_import model=$(MODEL) $(if $(LLAVA),llava=$(LLAVA),\

@@ -46,7 +46,6 @@ from slurm.files import write_text
 from slurm.job import Job
 from slurm.limits import refuse_over_limits
 from slurm.local import JobFailed
-from slurm.refusals import refuse_stopped
 from slurm.render import rank_command
 from slurm.request import detect
 from slurm.run_directory import RunDirectory, RunInUse
@@ -68,7 +67,7 @@ def submit(arguments: Sequence[str]) -> None:
     task = TASKS[request.task]
     refuse_bad(config, task, request.dry)
     run = RunDirectory.of(config)
-    refuse_stopped(run, ())
+    _refuse_stopped(run, request.task)
     if config.cluster.executor == "local":
         with run.locked():
             _run_here(request, config, run)
@@ -100,7 +99,7 @@ def go_on(directory: Path) -> None:
         folder.note(reason, request.command)
         raise ConfigError(f"{reason}; when the cause is mended, {remedy}")
     try:
-        refuse_stopped(run, ())
+        _refuse_stopped(run, request.task)
         for attempt in range(TRIES):
             try:
                 with run.locked():
@@ -116,6 +115,13 @@ def go_on(directory: Path) -> None:
         if isinstance(error, LeftOut):
             raise
         raise ConfigError(f"{error}. The rest was not submitted from here; {remedy}") from error
+
+
+def _refuse_stopped(run: RunDirectory, task: str) -> None:
+    """ConfigError when somebody has stopped the run or this task with a STOP file."""
+    stop = TaskFolder.of(run.root, task).stop_file()
+    if stop is not None:
+        raise ConfigError(f"{stop} is there: somebody has stopped this; remove the file to go on")
 
 
 def _will_pass(error: ConfigError) -> bool:

@@ -600,10 +600,12 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and all(line.startswith("error: ") for line in errors)
     assert arrays.main(["continue", str(tmp_path)]) == 1
-    (tmp_path / "runs" / "r").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "runs" / "r" / "STOP").touch()
-    assert here() == 1
-    assert "STOP is there" in capsys.readouterr().err
+    here.folder.root.mkdir(parents=True, exist_ok=True)
+    for folder in (here.folder.root, tmp_path / "runs" / "r"):
+        (folder / "STOP").touch()
+        assert here() == 1
+        assert f"{folder}/STOP is there" in capsys.readouterr().err
+        (folder / "STOP").unlink()
 
 
 def test_dry_run_writes_scripts_and_needs_no_slurm(
