@@ -6,14 +6,20 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conf.schema import SourceConfig
+from data_shards.build import build_dataset
+from data_shards.chat import ChatTokenizer
 from slurm import arrays
 from slurm.array_items import TaskFolder
+from slurm.array_tasks import TASKS
 from slurm.job import RECORD, read_record
+from tests.data_shards import toys
 from tests.slurm import processes
 from tests.slurm.throwaway import ThrowAwaySlurm
 
@@ -213,6 +219,78 @@ def test_wave_that_cannot_be_followed_says_what_to_type(
     array.wait(lambda: array.live() == 0)
     assert "no item of wave 2 was even started" in array.log("002")
     assert array.done() == {"i0", "i1"}
+
+
+def test_items_of_many_ranks_run_on_several_nodes(
+    slurm: ThrowAwaySlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of `reference`: each a step of two ranks, with a place to meet."""
+    monkeypatch.setitem(TASKS, "commands", replace(TASKS["commands"], ranks=True))
+    array = Array(tmp_path, slurm)
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURMD_NODENAME"]
+    for number in range(3):
+        place = f"{tmp_path}/i{number}."
+        array.add(
+            f"i{number}",
+            f"open('{place}' + os.environ['RANK'], 'w').write("
+            f"' '.join(os.environ[name] for name in {names}))",
+        )
+    array.add("bad", "1 / int(os.environ['RANK'])")
+    assert array.submit("elements=2", "throttle=1") == 0
+    array.wait(lambda: array.live() == 0)
+    assert array.done() == {"i0", "i1", "i2"}
+    assert "ZeroDivisionError" in (array.folder.root / "001" / "log_1.out").read_text()
+    assert array.folder.record("failed", "bad")["code"] == 1
+    for number in range(3):
+        ranks = [(tmp_path / f"i{number}.{rank}").read_text().split() for rank in range(2)]
+        assert [rank[:3] for rank in ranks] == [["0", "0", "2"], ["1", "0", "2"]]
+        assert ranks[0][3:5] == ranks[1][3:5] and ranks[0][3][0].isdigit()
+        assert ranks[0][5] != ranks[1][5]  # a node each
+
+
+def test_validation_finds_damage_and_reads_only_that_again(
+    slurm: ThrowAwaySlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = toys.write_tokenizer(tmp_path / "tokenizer")
+    rows = toys.write_parquet(tmp_path / "chats.parquet", toys.chat_rows(16))
+    data = toys.data_config(tmp_path / "data", tokenizer, chats=SourceConfig(str(rows)))
+    digest = ChatTokenizer.from_directory(tokenizer).digest()
+    manifest = build_dataset("chats", data.sources["chats"], data, toys.GEOMETRY, digest)
+    count = len(manifest.info.shards)
+    assert count >= 3
+    words = ["task=validate", f"runs_dir={tmp_path / 'runs'}", "run=r", f"data.root={data.root}"]
+    words += ["+data.sources={chats: {input: none}}", "only=chats", "shards_per_item=1"]
+    words += ["cluster=slurm", "hours=0.1", "elements=2"]
+    folder = TaskFolder.of(tmp_path / "runs" / "r", "validate")
+
+    def end() -> None:
+        limit = time.monotonic() + 60
+        while slurm.job_ids():
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+
+    path = manifest.shards_directory / manifest.info.shards[1].name
+    honest = path.read_bytes()
+    at = int(manifest.json_span[manifest.shard == 1][0, 0])
+    path.write_bytes(honest[:at] + b"?" + honest[at + 1 :])
+    assert arrays.main(words) == 0
+    end()
+    said = {name: record["said"] for name, record in folder.records("done")}
+    assert len(said) == count and folder.count("failed") == 0
+    bad = [name for name, line in said.items() if "all good" not in line]
+    assert bad == ["chats.000001-000001"]
+    assert said[bad[0]].endswith("DAMAGED: 1 samples, 0 shards")
+    report = json.loads((folder.root / "reports" / f"{bad[0]}.json").read_text())
+    key = manifest.key(int((manifest.shard == 1).argmax()))
+    assert [(entry["key"], entry["cause"]) for entry in report["bad"]] == [
+        (key, "CRC-32 of its JSON differs")
+    ]
+    path.write_bytes(honest)
+    capsys.readouterr()
+    assert arrays.main(words) == 0
+    assert f"{count} items, {count - 1} done, 1 to do" in capsys.readouterr().out
+    end()
+    assert folder.record("done", bad[0])["said"].endswith("all good")
 
 
 def test_submission_that_was_killed_is_taken_up(
