@@ -50,7 +50,9 @@ while :; do
   attempt=$((attempt + 1))
   export ATTEMPT_ID="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}-$attempt-$(date +%s)"
   block=$(( SLURM_JOB_ID % {PORT_BLOCKS} * {PORTS_OF_A_JOB} ))
-  export MASTER_PORT=$(( {FIRST_PORT} + block + attempt % {PORTS_OF_A_JOB} ))
+  # Another one after a requeue: what was left behind on the node may still hold the old one.
+  try=$(( attempt + 3 * ${{SLURM_RESTART_COUNT:-0}} ))
+  export MASTER_PORT=$(( {FIRST_PORT} + block + try % {PORTS_OF_A_JOB} ))
 
   # May and must this segment train? {NOTHING_TO_DO}: the stage is done.
   {begin}

@@ -68,7 +68,9 @@ while :; do
   attempt=$((attempt + 1))
   export ATTEMPT_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$attempt-$(date +%s)"
   block=$(( SLURM_JOB_ID % 1500 * 10 ))
-  export MASTER_PORT=$(( 15000 + block + attempt % 10 ))
+  # Another one after a requeue: what was left behind on the node may still hold the old one.
+  try=$(( attempt + 3 * ${SLURM_RESTART_COUNT:-0} ))
+  export MASTER_PORT=$(( 15000 + block + try % 10 ))
 
   # May and must this segment train? 3: the stage is done.
   /project/env/bin/python -m slurm.segment begin /project/runs/first/stage2 /project/runs/first/stage2/segments/001
