@@ -12,6 +12,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from slurm.bodies import FIRST_PORT
+
 CLUSTER_NAME = "throwaway"
 ACCOUNT, OTHER_ACCOUNT = "ehpc01", "ehpc02"
 GPUS = 4
@@ -20,9 +22,13 @@ _FAKE_GPUS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
 
 
 def free_ports(count: int) -> list[int]:
-    """Neighbouring free TCP ports, below those that the kernel gives to outgoing connections."""
+    """Neighbouring free TCP ports.
+
+    Below those that the kernel gives to outgoing connections, and below those at which jobs let
+    their ranks meet (`slurm.bodies`): all nodes are this one machine.
+    """
     for _ in range(200):
-        base = random.randrange(10_000, 32_000 - count)
+        base = random.randrange(10_000, FIRST_PORT - count)
         sockets: list[socket.socket] = []
         try:
             for port in range(base, base + count):
