@@ -132,6 +132,13 @@ def next_wave_job(config: Config, wave: Wave, array: Job) -> Job:
     )
 
 
+def port(position: int) -> str:
+    """A shell line by which an item's ranks meet at a port of their own, another one after a
+    requeue: what was left behind on the node may still hold the one before."""
+    tries = f"{position} + 3 * ${{SLURM_RESTART_COUNT:-0}}"
+    return f"export MASTER_PORT=$(( MASTER_PORT + ({tries}) % {bodies.PORTS_OF_A_JOB} ))\n"
+
+
 def name(config: Config, wave: Wave) -> str:
     return f"{config.run}.{wave.task}.{wave.number:03d}"
 

@@ -254,7 +254,10 @@ def _write(config: Config, task: Task, wave: Wave, directory: Path) -> None:
     """items.json and config.yaml, before the job that reads them can start."""
     if task.ranks:
         elements = tuple(
-            tuple(replace(item, shell=rank_command(config, item.words)) for item in element)
+            tuple(
+                replace(item, shell=array_waves.port(n) + rank_command(config, item.words))
+                for n, item in enumerate(element)
+            )
             for element in wave.elements
         )
         wave = replace(wave, elements=elements)
