@@ -13,8 +13,9 @@ from typing import BinaryIO
 
 from slurm.array_items import Item
 from slurm.local import die_with_parent
+from slurm.log_cause import cause_in
 
-TAIL_BYTES = 4096  # of an item's output, to find its last line in
+TAIL_BYTES = 1 << 14  # of an item's output, to find the line in that tells
 LAST_LINE = 500  # characters
 DRAIN_SECONDS = 5.0  # for output that comes after an item's end
 CANNOT_START = 126  # the shell's code
@@ -25,7 +26,7 @@ class Ending:
     """How an item ended."""
 
     code: int  # as the shell has it: 128 + N after signal N
-    said: str  # its last line
+    said: str  # its last line, or the one that says why it failed
 
 
 @dataclass
@@ -66,7 +67,9 @@ class Processes:
         code = process.wait()
         self._running.discard(process)
         reader.join(timeout=DRAIN_SECONDS)  # what it left behind may hold the pipe open
-        return Ending(code if code >= 0 else 128 - code, last_line(bytes(tail)))
+        code = code if code >= 0 else 128 - code
+        text = bytes(tail).decode("utf-8", errors="replace")
+        return Ending(code, last_line(text) if code in item.accepted else cause_in(text))
 
     def terminate(self) -> None:
         """Ask every item in progress to end."""
@@ -95,9 +98,8 @@ def _to_terminal(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def last_line(output: bytes) -> str:
+def last_line(text: str) -> str:
     """The last line that says something."""
-    text = output.decode("utf-8", errors="replace").replace("\r", "\n")
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text.replace("\r", "\n"))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:LAST_LINE] if lines else "it said nothing"

@@ -23,6 +23,11 @@ def cause(log: Path, begin: int = 0) -> str:
             text = file.read().decode("utf-8", errors="replace")
     except OSError as error:
         return f"its log cannot be read ({error.strerror})"
+    return cause_in(text)
+
+
+def cause_in(text: str) -> str:
+    """As `cause`, of the text of a log."""
     lines = [_LABEL.sub("", line).strip() for line in text.replace("\r", "\n").splitlines()]
     lines = [line for line in lines if line]
     own = [line for line in lines if not _SLURM.match(line)]

@@ -239,7 +239,6 @@ def test_items_of_many_ranks_run_on_several_nodes(
     assert array.submit("elements=2", "throttle=1") == 0
     array.wait(lambda: array.live() == 0)
     assert array.done() == {"i0", "i1", "i2"}
-    assert "ZeroDivisionError" in (array.folder.root / "001" / "log_1.out").read_text()
     assert array.folder.record("failed", "bad")["code"] == 1
     ports = [(tmp_path / f"i{number}.0").read_text().split()[4] for number in range(2)]
     assert int(ports[1]) == int(ports[0]) + 1  # the same element's
