@@ -96,9 +96,9 @@ def main() -> int:
                     print(error, file=sys.stderr, flush=True)
                     rows.append((name, scenario.title, "", "", "", "", "FAILED"))
                 print(*rows[-1], sep="  ", flush=True)
+                if arguments.table is not None:
+                    arguments.table.write_text("\n".join(markdown(rows)) + "\n", encoding="utf-8")
                 slurm.clean()
-    if arguments.table is not None:
-        arguments.table.write_text("\n".join(markdown(rows)) + "\n", encoding="utf-8")
     return 0 if all(one[-1] == "yes" for one in rows) else 1
 
 

@@ -7,12 +7,13 @@ character device.
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slurm.bodies import FIRST_PORT
+from slurm.bodies import FIRST_PORT, PORT_BLOCKS
 
 CLUSTER_NAME = "throwaway"
 ACCOUNT, OTHER_ACCOUNT = "ehpc01", "ehpc02"
@@ -41,6 +42,17 @@ def free_ports(count: int) -> list[int]:
                 one.close()
         return list(range(base, base + count))
     raise OSError(f"no {count} neighbouring free ports on this machine")
+
+
+def first_job_id(worker: str) -> int:
+    """A random id whose ports no other worker of pytest-xdist will come near soon.
+
+    Ranks meet at a port made of the job's id modulo PORT_BLOCKS; here every node of every cluster
+    is the same machine, and ranks of two jobs must not meet.
+    """
+    share = PORT_BLOCKS // 3
+    slot = int(worker[2:]) % 3 if worker[2:].isdigit() else 2
+    return PORT_BLOCKS * random.randrange(1, 40) + share * slot + random.randrange(share // 4)
 
 
 def slurm_conf(
@@ -96,7 +108,7 @@ def slurm_conf(
         "MaxArraySize": "1001",
         # Two clusters, or the same one started anew, do not share job ids (and so file names,
         # ports and stale results).
-        "FirstJobId": str(random.randrange(1_000, 60_000)),
+        "FirstJobId": str(first_job_id(os.environ.get("PYTEST_XDIST_WORKER", ""))),
         "SlurmctldParameters": "preempt_send_user_signal",
         "AccountingStorageType": "accounting_storage/none",
     }
