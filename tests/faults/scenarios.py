@@ -72,12 +72,12 @@ def ranks_killed(run: PipelineRun, stage: str, step: int = FIRST) -> None:
 
 
 def node_dies(run: PipelineRun, stage: str, step: int = FIRST) -> None:
-    """The second node loses its slurmd and everything on it; it comes back later."""
+    """The second node loses its slurmd and all processes; it comes back later."""
     _node_dies(run, stage, step, 1)
 
 
 def first_node_dies(run: PipelineRun, stage: str, step: int = FIRST) -> None:
-    """The same for the node that runs the batch script and rank 0."""
+    """The node of the batch script and rank 0 loses its slurmd and all processes."""
     _node_dies(run, stage, step, 0)
 
 
@@ -108,7 +108,7 @@ def all_nodes_die(run: PipelineRun, stage: str, step: int = FIRST) -> None:
 
 
 def orphans_wake_up(run: PipelineRun, stage: str, step: int = FIRST) -> None:
-    """Both nodes hang, Slurm gives the job to others, then the old ranks go on as if nothing was.
+    """Both nodes hang, Slurm gives the job to others, then the old ranks wake up and go on.
 
     Only slurmd and slurmstepd are dead: nobody stops the old ranks but they themselves.
     """
