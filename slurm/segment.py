@@ -102,7 +102,11 @@ def end(
         return 0
     if terminated or code in STOPPED_CODES:
         history.append_end(stage_dir, replace(ended, outcome="stopped"))
-        _say(stage_dir, segment_dir, f"stopped after step {reached}; the next segment goes on")
+        preempted = segment_jobs.was_preempted(ended.job_id)
+        goes_on = "this preempted job, queued again," if preempted else "the next segment"
+        _say(stage_dir, segment_dir, f"stopped after step {reached}; {goes_on} goes on")
+        if preempted:
+            segment_jobs.requeue(ended.job_id)
         return 0
     return _failed(stage_dir, segment_dir, past, ended, environment, restarts)
 

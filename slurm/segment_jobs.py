@@ -1,5 +1,6 @@
 """What the end of a segment means for the jobs that are queued behind it."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,36 @@ def cancel_later(stage_dir: Path, segment_dir: Path) -> None:
         run(["scancel", "--state=PENDING", "--me", *ids])
     except SlurmError as error:
         _warn(f"later segments of {stage_dir.name} were not cancelled ({error}); they end at once")
+
+
+def was_preempted(own_job: str) -> bool:
+    """Whether Slurm has asked this job, in this life of it, to make room for another."""
+    if not own_job:
+        return False
+    from slurm.commands import SlurmError, run
+
+    try:
+        text = run(["scontrol", "show", "job", "--oneliner", own_job])
+    except SlurmError as error:
+        _warn(f"job {own_job} does not know whether it was preempted ({error})")
+        return False
+    times = dict(re.findall(r"\b(StartTime|PreemptTime)=(\d{4}-\S+)", text))
+    # Slurm keeps the time of an earlier preemption; as text the times compare as times.
+    return times.get("PreemptTime", "") >= times.get("StartTime", "9")
+
+
+def requeue(own_job: str) -> None:
+    """Queue this very job again; nothing after it in the batch script is sure to run.
+
+    After a preemption Slurm does so only with a job that still runs when its grace is over. One
+    that has saved and ended before would have used up a segment, and another the next time.
+    """
+    from slurm import commands
+
+    try:
+        commands.requeue(own_job)
+    except commands.SlurmError as error:
+        _warn(f"job {own_job} is not queued again ({error}); the next segment goes on")
 
 
 def avoid(stage_dir: Path, bad: Sequence[str], own_job: str) -> None:

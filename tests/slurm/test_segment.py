@@ -14,6 +14,7 @@ import pytest
 
 from conf.snapshot import code_digest, file_digests, listing
 from slurm import attempts, exclude, segment
+from slurm.commands import SlurmError
 from slurm.files import write_text
 from slurm.job import JobRecord
 from slurm.log_cause import cause
@@ -209,6 +210,40 @@ def test_stopped_is_no_failure(run: Run, code: int) -> None:
         assert run.end(code) == 0
     assert run.outcomes == ["stopped"] * 3
     assert not (run.stage / "FAILED.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("preempted", "again"),
+    [("2026-11-21T11:01:03", True), ("2026-11-21T09:00:00", False), ("None", False), ("", False)],
+)
+def test_a_preempted_job_queues_itself_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, preempted: str, again: bool
+) -> None:
+    """Not when it was preempted in an earlier life only, or is merely asked to stop."""
+    calls: list[list[str]] = []
+
+    def program(words: list[str], timeout: float = 30) -> str:
+        calls.append(list(words))
+        times = f"StartTime=2026-11-21T10:30:00 PreemptTime={preempted}" if preempted else ""
+        return f"JobId=17 JobState=RUNNING {times} SuspendTime=None\n"
+
+    monkeypatch.setattr("slurm.commands.run", program)
+    assert run.begin() == 0
+    assert run.end(143) == 0
+    assert run.outcomes == ["stopped"]
+    assert (["scontrol", "requeue", "17"] in calls) == again
+
+
+def test_without_an_answer_the_next_segment_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program(words: list[str], timeout: float = 30) -> str:
+        raise SlurmError("slurmctld does not answer")
+
+    monkeypatch.setattr("slurm.commands.run", program)
+    assert run.begin() == 0
+    assert run.end(143) == 0
+    assert "the next segment goes on" in capsys.readouterr().out
 
 
 def test_terminated_ranks_are_not_started_again(run: Run) -> None:
