@@ -140,7 +140,7 @@ def _failed(
     if _may_start_again(stage_dir, past, ended, environment, restarts):
         _say(stage_dir, segment_dir, f"failed (exit code {code}): {reason}; starting again")
         return AGAIN
-    _say(stage_dir, segment_dir, f"failed (exit code {code}): {reason}; the next segment goes on")
+    _say(stage_dir, segment_dir, f"failed (exit code {code}): {reason}; {_heir(ended)} goes on")
     return code
 
 
@@ -262,6 +262,11 @@ def _open_attempt(
     last = attempts[-1]
     ours = last.attempt == name if name else last.segment == segment_dir.name
     return last if ours and last.ended is None else None
+
+
+def _heir(attempt: Attempt) -> str:
+    """What goes on where it ended; outside Slurm nothing is queued behind it."""
+    return "the next segment" if attempt.job_id else "the same command"
 
 
 def _number(text: str) -> int:
