@@ -40,9 +40,9 @@ def was_preempted(own_job: str) -> bool:
     except SlurmError as error:
         _warn(f"job {own_job} does not know whether it was preempted ({error})")
         return False
-    times = dict(re.findall(r"\b(StartTime|PreemptTime)=(\d{4}-\S+)", text))
-    # Slurm keeps the time of an earlier preemption; as text the times compare as times.
-    return times.get("PreemptTime", "") >= times.get("StartTime", "9")
+    times = {k: int(v) for k, v in re.findall(r"\b(StartTime|PreemptTime)=(\d+)\b", text)}
+    # Slurm keeps the time of a preemption in an earlier life.
+    return times.get("PreemptTime", -1) >= times.get("StartTime", 0)
 
 
 def requeue(own_job: str) -> None:

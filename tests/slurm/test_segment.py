@@ -214,7 +214,7 @@ def test_stopped_is_no_failure(run: Run, code: int) -> None:
 
 @pytest.mark.parametrize(
     ("preempted", "again"),
-    [("2026-11-21T11:01:03", True), ("2026-11-21T09:00:00", False), ("None", False), ("", False)],
+    [("1795259263", True), ("1795251600", False), ("None", False), ("", False)],
 )
 def test_a_preempted_job_queues_itself_again(
     run: Run, monkeypatch: pytest.MonkeyPatch, preempted: str, again: bool
@@ -224,7 +224,7 @@ def test_a_preempted_job_queues_itself_again(
 
     def program(words: list[str], timeout: float = 30) -> str:
         calls.append(list(words))
-        times = f"StartTime=2026-11-21T10:30:00 PreemptTime={preempted}" if preempted else ""
+        times = f"StartTime=1795257000 PreemptTime={preempted}" if preempted else ""
         return f"JobId=17 JobState=RUNNING {times} SuspendTime=None\n"
 
     monkeypatch.setattr("slurm.commands.run", program)
