@@ -1,6 +1,7 @@
 """What every test shares: one thread each, no network, and reasons for what is skipped."""
 
 import os
+import signal
 
 # Before anything imports torch: the tests run several at a time on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,10 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.setdefault(name, "1")
+
+# A shell's background jobs ignore the one, nohup the other; what is tested here must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 
