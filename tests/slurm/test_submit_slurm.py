@@ -211,8 +211,7 @@ def test_a_submission_that_was_killed_is_completed(
     assert f"released {first}" in capsys.readouterr().out
     world.wait_for_all()
     assert (world.run / "stage1" / "DONE.json").exists()
-    jobs = [world.slurm.job(job_id) for job_id in world.slurm.job_ids(all_states=True)]
-    assert len([job for job in jobs if job.get("Comment", "").endswith(str(world.run))]) == 3
+    assert len([job for job in commands.squeue() if job.comment.endswith(str(world.run))]) == 3
 
 
 def test_slurm_is_asked_without_queueing(

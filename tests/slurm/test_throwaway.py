@@ -76,13 +76,22 @@ def test_preemption_requeues(slurm_accounting: ThrowAwaySlurm) -> None:
     assert "task told" in slurm.output(victim)
 
 
+def wait_for_processes(slurm: ThrowAwaySlurm, node: str) -> None:
+    """RUNNING comes before the job's first process."""
+    end = time.monotonic() + 30
+    while not slurm.node_pids(node)["jobs"] and time.monotonic() < end:
+        time.sleep(0.05)
+    assert slurm.node_pids(node)["jobs"]
+
+
 def test_killed_nodes_are_noticed_and_come_back(slurm: ThrowAwaySlurm) -> None:
     ids = [
         slurm.sbatch(f"--nodelist={node}", "--no-requeue", wrap="sleep 100")
         for node in ("cpu2", "cpu3")
     ]
-    for job in ids:
+    for job, node in zip(ids, ("cpu2", "cpu3"), strict=True):
         slurm.wait(job, "RUNNING")
+        wait_for_processes(slurm, node)
     slurm.kill_node("cpu2")
     assert slurm.node_pids("cpu2") == {"slurmd": [], "stepds": [], "jobs": []}
     slurm.kill_node("cpu3", jobs=False)
@@ -102,7 +111,7 @@ def test_nothing_stays(tmp_path: Path) -> None:
         job = slurm.sbatch(wrap="trap '' TERM; setsid sleep 1000 & srun sleep 1000")
         slurm.wait(job, "RUNNING")
         directory = slurm.directory
-        assert slurm.node_pids("cpu1")["jobs"]
+        wait_for_processes(slurm, "cpu1")
     assert not directory.exists()
     assert not [pid for pid in processes.pids() if str(directory) in processes.command(pid)]
     conf = str(directory / "slurm.conf")
