@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from conf.check_cluster import cluster_reasons, unnamed
 from conf.schema import Config
-from conf.schema.errors import ConfigError
+from conf.schema.errors import ConfigError, refuse
 from models.anyres import AnyresGeometry
 
 # Least room beside the largest image for the chat template, a question and an answer, in tokens.
@@ -63,11 +63,7 @@ def check(config: Config, hardware: Hardware | None = None, dry: bool = False) -
                 reasons.append(str(error))
         for rule in RULES:
             reasons.extend(reason for reason in rule(config, hardware) if reason not in reasons)
-    if len(reasons) == 1:
-        raise ConfigError(reasons[0])
-    if reasons:
-        listed = " ".join(f"({number}) {reason}." for number, reason in enumerate(reasons, 1))
-        raise ConfigError(f"{len(reasons)} things to change: {listed}")
+    refuse(reasons)
 
 
 def _positive(config: Config) -> Iterator[str]:

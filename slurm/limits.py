@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from conf.check_cluster import over_queue
 from conf.schema import Config
-from conf.schema.errors import ConfigError
+from conf.schema.errors import refuse
 from slurm.job import Job
 
 
@@ -41,12 +41,7 @@ def refuse_over_limits(
     for name, count in counts.items():
         if count + (queued or 0) > limits[name]:
             reasons.append(_too_many(name, limits[name], count, queued or 0))
-    reasons = list(dict.fromkeys(reasons))
-    if len(reasons) == 1:
-        raise ConfigError(reasons[0])
-    if reasons:
-        listed = " ".join(f"({number}) {reason}." for number, reason in enumerate(reasons, 1))
-        raise ConfigError(f"{len(reasons)} things to change: {listed}")
+    refuse(list(dict.fromkeys(reasons)))
 
 
 def _too_many(name: str, limit: int, count: int, queued: int) -> str:
