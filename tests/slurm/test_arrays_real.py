@@ -239,7 +239,9 @@ def test_items_of_many_ranks_run_on_several_nodes(
     assert array.submit("elements=2", "throttle=1") == 0
     array.wait(lambda: array.live() == 0)
     assert array.done() == {"i0", "i1", "i2"}
-    assert array.folder.record("failed", "bad")["code"] == 1
+    failed = array.folder.record("failed", "bad")
+    assert failed["code"] in (1, 143)  # 143: srun ended the peer before it was through by itself
+    assert "division by zero" in failed["said"]
     ports = [(tmp_path / f"i{number}.0").read_text().split()[4] for number in range(2)]
     assert int(ports[1]) == int(ports[0]) + 1  # the same element's
     for number in range(3):
