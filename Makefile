@@ -47,7 +47,7 @@ HERE = $(if $(REMOTE),$(error REMOTE= goes with stage1, stage2, stage3, pipeline
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-remote demo test lint format shards stage1 stage2 stage3 pipeline status logs \
-	cancel steer array import export eval report
+	cancel steer array import export eval plan dryrun profile bench report
 
 help: ## this list
 	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -136,6 +136,18 @@ export: $(READY) ## STAGE of RUN to a Hugging Face folder, OUT= (default runs/RU
 
 eval: $(READY) ## held-out questions to the export of STAGE
 	$(HERE) $(PY) -m tools.evaluate run=$(RUN) stage=$(STAGE) $(ARGS)
+
+plan: $(READY) ## memory, speed, GPU-hours and disk of each stage before anything is queued; alternatives
+	$(HERE) $(PY) -m tools.plan_run run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) $(ARGS)
+
+dryrun: $(READY) ## build and step every rank of a layout on this machine, without memory or network
+	$(HERE) $(PY) -m tools.dry_run run=$(RUN) model=$(MODEL) data=$(DATA) cluster=$(CLUSTER) $(ARGS)
+
+profile: $(READY) ## some steps of STAGE under torch's profiler, to runs/RUN/profile
+	$(HERE) $(PY) -m tools.profile_run run=$(RUN) model=$(MODEL) data=$(DATA) stage=$(STAGE) $(ARGS)
+
+bench: $(READY) ## measure what this machine can; tables to docs/benchmarks
+	$(HERE) $(PY) -m tools.bench $(ARGS)
 
 report: $(READY) ## report.html and report.json of RUN
 	$(HERE) $(PY) -m tools.report run=$(RUN) $(ARGS)

@@ -66,6 +66,12 @@ class ClusterConfig:
     gpu: Optional[str] = None  # "H100 64 GB"
     gpu_memory_gb: Optional[float] = None
     fp8: bool = False  # compute capability >= 8.9
+    # Of one GPU, by data sheet; null where unknown, and then no MFU and no prediction.
+    gpu_tflops: Optional[float] = None  # dense BF16 matrix products, TFLOP/s
+    gpu_fp8_tflops: Optional[float] = None
+    gpu_bandwidth: Optional[float] = None  # of its memory, GB/s
+    node_bandwidth: Optional[float] = None  # to the other GPUs of its node, GB/s one way
+    network_bandwidth: Optional[float] = None  # its share of the node's network, GB/s one way
     cpus_per_node: Optional[int] = None  # physical cores that a job may have
     memory_gb: Optional[int] = None
     ranks_per_node: Optional[int] = None  # null: a rank a GPU; without GPUs one

@@ -14,6 +14,10 @@ class PrecisionConfig:
 
     params: str = "fp32"  # fp32 | bf16
     fp8_recipe: Optional[str] = None  # tensorwise | blockwise | delayed
+    # Decoder layers at either end whose matrix products stay in BF16.
+    fp8_first_layers_bf16: int = 0
+    fp8_last_layers_bf16: int = 0
+    fp8_params: bool = False  # keep the compute weights in FP8, beside FP32 master weights
     grad_reduce_in_fp32: bool = True
 
     def check(self) -> None:
