@@ -32,6 +32,7 @@ from slurm import (
     array_local,
     array_queue,
     array_waves,
+    command_line,
     commands,
     queue_state,
     sbatch,
@@ -45,7 +46,6 @@ from slurm.exclude import read as excluded_nodes
 from slurm.files import write_text
 from slurm.job import Job
 from slurm.limits import refuse_over_limits
-from slurm.local import JobFailed
 from slurm.render import rank_command
 from slurm.request import detect
 from slurm.run_directory import RunDirectory, RunInUse
@@ -312,25 +312,14 @@ def _some(names: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if given else 2
-    try:
-        if given[0] == "continue" and len(given) == 2:
-            go_on(Path(given[1]))
-        else:
-            submit(given)
-    except JobFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return command_line.run(_command, arguments, __doc__)
+
+
+def _command(given: list[str]) -> None:
+    if given[0] == "continue" and len(given) == 2:
+        go_on(Path(given[1]))
+    else:
+        submit(given)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from slurm import arguments as words
-from slurm import commands, queue_look
+from slurm import command_line, commands, queue_look
 from slurm.errors import SlurmError
 from slurm.job import JobRecord
 from slurm.job_state import JobState, job_states, short
@@ -147,20 +147,15 @@ def _named(jobs: Sequence[JobState]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        values = words.parse(given, KNOWN)
-        root = words.run_directory(values)
-        words.check_stage(root, values["stage"])
-        for said in cancel(root, values["stage"], words.boolean(values, "now")):
-            print(clean(said))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line.run(_command, arguments, __doc__, needs_words=False)
+
+
+def _command(given: list[str]) -> None:
+    values = words.parse(given, KNOWN)
+    root = words.run_directory(values)
+    words.check_stage(root, values["stage"])
+    for said in cancel(root, values["stage"], words.boolean(values, "now")):
+        print(clean(said))
 
 
 if __name__ == "__main__":

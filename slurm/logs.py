@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from conf.schema.errors import ConfigError
 from slurm import arguments as words
+from slurm import command_line
 from slurm.job import LOG
 from slurm.run_state import run_state
 from slurm.status_text import text
@@ -163,21 +164,7 @@ def logs(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        logs(given)
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return command_line.run(logs, arguments, __doc__, needs_words=False)
 
 
 if __name__ == "__main__":

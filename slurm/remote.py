@@ -23,7 +23,7 @@ from typing import Any
 
 from conf.schema.errors import ConfigError
 from conf.snapshot import PACKAGES
-from slurm import remote_code, remote_host
+from slurm import command_line, remote_code, remote_host
 from slurm.remote_tunnel import Host, Link, connected
 
 VERBS = {
@@ -242,24 +242,12 @@ def run(request: Request) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if given else 2
-    try:
-        return run(parse(given))
-    except BrokenPipeError:  # `| head`
-        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "error: interrupted; what was begun there may go on, `make status` tells",
-            file=sys.stderr,
-        )
-        return 130
+    return command_line.run(
+        lambda given: run(parse(given)),
+        arguments,
+        __doc__,
+        interrupted="interrupted; what was begun there may go on, `make status` tells",
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slurm import arguments as words
+from slurm import command_line
 from slurm.run_state import run_state
 from slurm.status_text import as_json, line, text
 
@@ -41,16 +42,9 @@ def status(arguments: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    try:
-        print(status(given))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line.run(
+        lambda given: print(status(given)), arguments, __doc__, needs_words=False
+    )
 
 
 if __name__ == "__main__":

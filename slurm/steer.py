@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conf.schema.errors import ConfigError
 from slurm import arguments as words
-from slurm import attempts
+from slurm import attempts, command_line
 from slurm.verify import DONE, STOP
 
 SAVE, EXIT = "SAVE", "EXIT"
@@ -65,22 +65,17 @@ def _training(root: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if given else 2
-    try:
-        actions = [word for word in given if word in ACTIONS]
-        values = words.parse([word for word in given if word not in ACTIONS], KNOWN)
-        if len(actions) != 1:
-            raise ConfigError(f"say what to do: one of {', '.join(ACTIONS)}")
-        root = words.run_directory(values)
-        words.check_stage(root, values["stage"])
-        print("\n".join(steer(root, actions[0], values["stage"])))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command_line.run(_command, arguments, __doc__)
+
+
+def _command(given: list[str]) -> None:
+    actions = [word for word in given if word in ACTIONS]
+    values = words.parse([word for word in given if word not in ACTIONS], KNOWN)
+    if len(actions) != 1:
+        raise ConfigError(f"say what to do: one of {', '.join(ACTIONS)}")
+    root = words.run_directory(values)
+    words.check_stage(root, values["stage"])
+    print("\n".join(steer(root, actions[0], values["stage"])))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from conf.schema import Config
 from conf.schema.errors import ConfigError
-from slurm import commands, local, queue_state, run_local, sbatch
+from slurm import command_line, commands, queue_state, run_local, sbatch
 from slurm import plan as plans
 from slurm.answers import QueuedJob
 from slurm.chain import LiveJobs, absolute, chain
@@ -161,22 +161,7 @@ def _named(live: Mapping[str, QueuedJob]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if given else 2
-    try:
-        submit(given)
-    except local.JobFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return command_line.run(submit, arguments, __doc__)
 
 
 if __name__ == "__main__":
