@@ -12,6 +12,7 @@ from conf.check_cluster import cluster_reasons, unnamed
 from conf.schema import Config
 from conf.schema.errors import ConfigError, refuse
 from models.anyres import AnyresGeometry
+from models.pipeline_layout import chunk_layers
 
 # Least room beside the largest image for the chat template, a question and an answer, in tokens.
 TEXT_ROOM = 64
@@ -73,6 +74,7 @@ def _positive(config: Config) -> Iterator[str]:
         **{f"model.text.{k}": v for k, v in vars(model.text).items()},
         **{f"parallel.{k}": getattr(parallel, k) for k in ("world_size", "tensor", "pipeline")},
         "parallel.context": parallel.context,
+        "parallel.virtual_pipeline": parallel.virtual_pipeline,
         "stage.sequence_length": stage.sequence_length,
         "stage.global_batch_size": stage.global_batch_size,
         "stage.micro_batch_size": stage.micro_batch_size,
@@ -117,20 +119,25 @@ def _tensor(config: Config, _: Hardware | None) -> Iterator[str]:
 
 
 def _pipeline(config: Config, _: Hardware | None) -> Iterator[str]:
-    layers, parallel = config.model.text.layers, config.parallel
-    if parallel.pipeline_layers is None:
-        if layers % parallel.pipeline:
-            yield (
-                f"model.text.layers={layers} is not divisible by parallel.pipeline="
-                f"{parallel.pipeline}; list the layers of each stage in parallel.pipeline_layers"
-            )
-    elif sum(parallel.pipeline_layers) != layers:
+    parallel, stage = config.parallel, config.stage
+    try:
+        chunk_layers(config.model, parallel)
+    except ConfigError as error:
+        yield str(error)
+    except ValueError:  # the model's geometry, which other rules report
+        pass
+    packs = stage.micro_batch_size * parallel.data
+    if parallel.virtual_pipeline == 1 or not packs or stage.global_batch_size % packs:
+        return
+    # Megatron's interleaved schedule runs micro-batches in groups of as many as there are stages.
+    micro_batches = stage.global_batch_size // packs
+    if micro_batches % parallel.pipeline:
         yield (
-            f"parallel.pipeline_layers={parallel.pipeline_layers} sums to "
-            f"{sum(parallel.pipeline_layers)}, but model.text.layers={layers}"
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a multiple of "
+            f"parallel.pipeline={parallel.pipeline} micro-batches in each replica's step, and "
+            f"stage.global_batch_size={stage.global_batch_size} gives {micro_batches}; make it a "
+            f"multiple of {packs * parallel.pipeline}, or set parallel.virtual_pipeline=1"
         )
-    elif min(parallel.pipeline_layers) < 1:
-        yield f"parallel.pipeline_layers={parallel.pipeline_layers}: each stage needs a layer"
 
 
 def _batch(config: Config, _: Hardware | None) -> Iterator[str]:

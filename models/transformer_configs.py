@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from conf.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from conf.schema.errors import ConfigError
+from models.pipeline_layout import pipeline_settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,14 +44,6 @@ def _common(parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, A
     }
 
 
-def pipeline_layout(layers: list[int]) -> list[list[str]]:
-    """Megatron's `pipeline_model_parallel_layout` for a number of decoder layers per stage."""
-    layout = [["decoder"] * count for count in layers]
-    layout[0].insert(0, "embedding")
-    layout[-1].append("loss")
-    return layout
-
-
 def language_config(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> TransformerConfig:
@@ -61,19 +54,7 @@ def language_config(
             in BF16 without a word).
     """
     text = model.text
-    extra: dict[str, Any] = {}
-    if parallel.pipeline_layers is not None and parallel.pipeline > 1:
-        if sum(parallel.pipeline_layers) != text.layers or min(parallel.pipeline_layers) < 1:
-            raise ConfigError(
-                f"parallel.pipeline_layers={list(parallel.pipeline_layers)} must be positive and "
-                f"add up to model.text.layers={text.layers}"
-            )
-        extra["pipeline_model_parallel_layout"] = pipeline_layout(list(parallel.pipeline_layers))
-    elif text.layers % parallel.pipeline:
-        raise ConfigError(
-            f"model.text.layers={text.layers} does not split evenly over parallel.pipeline="
-            f"{parallel.pipeline} stages; set parallel.pipeline_layers"
-        )
+    extra = pipeline_settings(model, parallel)
     if precision.fp8_recipe is not None:
         if not torch.cuda.is_available():
             raise ConfigError(

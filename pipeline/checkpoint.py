@@ -6,6 +6,7 @@ and data-parallel layout (`fully_reshardable` in megatron.core.optimizer.distrib
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def saved_steps(stage_dir: Path) -> list[int]:
 class TrainingState:
     """Everything that a resumed run needs, and the identity it is checked against."""
 
-    model: LlavaNext
+    models: Sequence[LlavaNext]  # this rank's chunks of the network
     optimizer: MegatronOptimizer | None
     schedule: OptimizerParamScheduler | None
     layout: dict[str, int]
@@ -68,7 +69,12 @@ class TrainingState:
             "distrib_optim_sharding_type": "fully_reshardable",
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        state: dict[str, Any] = {"model": self.model.sharded_state_dict(metadata=metadata)}
+        # The names inside are the whole network's, so that chunks may be cut otherwise on loading.
+        chunks = {
+            f"chunk{number}": model.sharded_state_dict(metadata=metadata)
+            for number, model in enumerate(self.models)
+        }
+        state: dict[str, Any] = {"model": chunks}
         if self.optimizer is not None and self.schedule is not None:
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 state["model"], is_loading=loading, metadata=metadata
@@ -171,10 +177,10 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
-def load_model(model: LlavaNext, directory: Path) -> Manifest:
+def load_model(models: Sequence[LlavaNext], directory: Path) -> Manifest:
     """Weights only, from any layout: how a stage begins. Verified first."""
     manifest = verify(directory)
-    state = TrainingState(model, None, None, {}, "", "", "")
+    state = TrainingState(models, None, None, {}, "", "", "")
     _load_into(state, directory, with_rng=False)
     return manifest
 
@@ -206,7 +212,8 @@ def _load_into(state: TrainingState, directory: Path, with_rng: bool) -> None:
             f"{directory} does not fit this model ({reason}); check model=… against the "
             "configuration it was trained with"
         ) from error
-    state.model.load_state_dict(loaded["model"])
+    for number, model in enumerate(state.models):
+        model.load_state_dict(loaded["model"][f"chunk{number}"])
     if state.optimizer is not None and state.schedule is not None:
         state.optimizer.load_state_dict(loaded["optimizer"])
         state.schedule.load_state_dict(loaded["schedule"])

@@ -44,6 +44,11 @@ def _environment(name: str) -> int:
         ) from None
 
 
+def virtual_size(parallel: ParallelConfig) -> int | None:
+    """Virtual pipeline stages as Megatron's `parallel_state` wants them: None for one."""
+    return parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+
+
 def seed_everything(seed: int) -> None:
     """Same weights and same dropout on every run with this seed."""
     from megatron.core import tensor_parallel
@@ -86,6 +91,7 @@ def session(parallel: ParallelConfig, seed: int, timeout_minutes: int = 30) -> I
         parallel_state.initialize_model_parallel(
             parallel.tensor,
             parallel.pipeline,
+            virtual_size(parallel),
             context_parallel_size=parallel.context,
         )
         seed_everything(seed)

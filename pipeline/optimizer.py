@@ -1,5 +1,6 @@
 """Megatron's AdamW and its learning-rate schedule, one peak rate per module."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from pipeline.stages import MODULE_PATTERNS, trainable_modules
 
 
 def build_optimizer(
-    model: torch.nn.Module, stage: StageConfig, parallel: ParallelConfig, precision: PrecisionConfig
+    models: Sequence[torch.nn.Module],
+    stage: StageConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
 ) -> MegatronOptimizer:
     """AdamW over the parameters that require gradients.
 
@@ -49,7 +53,7 @@ def build_optimizer(
             # this and not by `max_lr`; without it two modules' groups are taken for one.
             "lr_mult": rate / peak,
         }
-    return get_megatron_optimizer(config, [model], config_overrides=overrides)
+    return get_megatron_optimizer(config, list(models), config_overrides=overrides)
 
 
 def build_schedule(

@@ -114,12 +114,13 @@ def compute(trainer: Trainer, steps: Sequence[int]) -> Rows:
     objective = ReferenceObjective(ranks.context, ranks.context_size)
     # Every data-parallel rank's rows live on its last stage; tensor and context peers agree.
     found: Rows = {}
-    trainer.model.eval()
+    for model in trainer.models:
+        model.eval()
     started = said = time.monotonic()
     for done, (_, micro_batches) in enumerate(trainer.data.every_sample(steps), 1):
         with torch.no_grad():
             reports = run_schedule(
-                trainer.model, objective, micro_batches, stage, ranks.device, forward_only=True
+                trainer.models, objective, micro_batches, stage, ranks.device, forward_only=True
             )
         for report in reports:
             for key, value in zip(

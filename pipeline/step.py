@@ -1,5 +1,6 @@
 """One global batch through Megatron's pipeline schedule, and one optimizer step."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,18 +35,23 @@ def _device_batches(
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    models: Sequence[torch.nn.Module],
     objective: Objective,
     micro_batches: Sequence[PackedBatch],
     stage: StageConfig,
     device: torch.device,
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
-    """Forward (and backward) of this replica's micro-batches; reports on the last stage only."""
+    """Forward (and backward) of this replica's micro-batches; reports on the last stage only.
+
+    `models` are this rank's chunks of the network. Each reads every micro-batch, which is on the
+    device once, from the first chunk's turn to the last's.
+    """
+    batches = itertools.tee(_device_batches(micro_batches, device), len(models))
     return get_forward_backward_func()(
         forward_step_func=ForwardStepFunction(objective),
-        data_iterator=_device_batches(micro_batches, device),
-        model=[model],
+        data_iterator=list(batches),
+        model=list(models),
         num_microbatches=len(micro_batches),
         seq_length=stage.sequence_length * stage.micro_batch_size,
         micro_batch_size=1,  # a micro-batch is one row, its packs laid end to end
@@ -69,7 +75,7 @@ def _global_sums(reports: list[dict[str, torch.Tensor]], names: list[str]) -> to
 
 
 def train_step(
-    model: DistributedDataParallel,
+    models: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     objective: Objective,
     micro_batches: Sequence[PackedBatch],
@@ -82,9 +88,10 @@ def train_step(
         FloatingPointError: the loss or the gradient norm is not finite. Stop then: the weights
             may be spoilt, the last checkpoint is not.
     """
-    model.zero_grad_buffer()
+    for model in models:
+        model.zero_grad_buffer()
     optimizer.zero_grad()
-    reports = run_schedule(model, objective, micro_batches, stage, device, forward_only=False)
+    reports = run_schedule(models, objective, micro_batches, stage, device, forward_only=False)
     names = list(objective.reported)
     *sums, terms = _global_sums(reports, [*names, "terms"]).tolist()
     values = {name: total / max(terms, 1.0) for name, total in zip(names, sums, strict=True)}

@@ -42,8 +42,8 @@ def run(config: Config) -> int:
     check(config, detect())
     with session(config.parallel, config.stage.seed) as ranks:
         data = open_data(config, ranks)
-        model = build_training_model(config)
-        trainer = Trainer(config, ranks, data, model, stage_dir)
+        models = build_training_model(config)
+        trainer = Trainer(config, ranks, data, models, stage_dir)
         trainer.check_predecessor()
         objective = build_objective(trainer)  # for DPO, the reference pass comes first
         trainer.begin()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,25 +52,28 @@ class Trainer:
         config: Config,
         ranks: Ranks,
         data: StageData,
-        model: DistributedDataParallel,
+        models: Sequence[DistributedDataParallel],
         stage_dir: Path,
     ) -> None:
         self.config, self.ranks, self.data, self.stage_dir = config, ranks, data, stage_dir
-        self.model = model
+        self.models = list(models)
         self.total_steps = data.steps
-        module = model.module
-        assert isinstance(module, LlavaNext)
-        self.optimizer = build_optimizer(model, config.stage, config.parallel, config.precision)
+        chunks = [model.module for model in models]
+        assert all(isinstance(chunk, LlavaNext) for chunk in chunks)
+        self.optimizer = build_optimizer(
+            self.models, config.stage, config.parallel, config.precision
+        )
         self.schedule = build_schedule(self.optimizer, config.stage, data.steps)
         parallel = config.parallel
         self.state = checkpoint.TrainingState(
-            model=module,
+            models=chunks,
             optimizer=self.optimizer,
             schedule=self.schedule,
             layout={
                 "world_size": parallel.world_size,
                 "tensor": parallel.tensor,
                 "pipeline": parallel.pipeline,
+                "virtual_pipeline": parallel.virtual_pipeline,
                 "context": parallel.context,
             },
             plan_digest=data.plan.digest,
@@ -151,7 +155,7 @@ class Trainer:
                 f"{directory / MANIFEST} is not the one that {self.predecessor / DONE} names; "
                 "the predecessor changed after it was done"
             )
-        checkpoint.load_model(self.state.model, directory)
+        checkpoint.load_model(self.state.models, directory)
         self.optimizer.reload_model_params()
         self._holds_predecessor = True
         self.say(f"begins from {directory}")
@@ -161,14 +165,15 @@ class Trainer:
         self._callbacks = callbacks
         for callback in callbacks:
             callback.on_start(self)
-        self.model.train()
+        for model in self.models:
+            model.train()
         stage, code = self.config.stage, 0
         ended = time.perf_counter()
         for step, micro_batches in self.data.batches(self.state.step):
             waited = time.perf_counter() - ended
             rates = learning_rates(self.optimizer)
             result = train_step(
-                self.model, self.optimizer, objective, micro_batches, stage, self.ranks.device
+                self.models, self.optimizer, objective, micro_batches, stage, self.ranks.device
             )
             self.schedule.step(1)
             masked = self._agree(sum(batch.n_masked for batch in micro_batches))

@@ -158,12 +158,16 @@ def megatron(parallel: ParallelConfig, seed: int = 1234) -> Iterator[None]:
     from megatron.core import parallel_state, tensor_parallel
 
     from models.cpu_backend import enable_cpu_backend
+    from pipeline.distributed import virtual_size
 
     enable_cpu_backend()
     dist.init_process_group("gloo")
     try:
         parallel_state.initialize_model_parallel(
-            parallel.tensor, parallel.pipeline, context_parallel_size=parallel.context
+            parallel.tensor,
+            parallel.pipeline,
+            virtual_size(parallel),
+            context_parallel_size=parallel.context,
         )
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -79,7 +79,7 @@ def stage_tensors(stage: Path) -> tuple[Done, ModelConfig, dict[str, Tensor]]:
     done = read_done(stage)
     model = model_of(done, stage)
     with whole_model(model, precision_of(stage)) as network:
-        load_model(network, stage / done.checkpoint)
+        load_model([network], stage / done.checkpoint)
         tensors = to_hf(parameters(network), model)
         return done, model, {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 

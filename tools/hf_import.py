@@ -128,7 +128,7 @@ def import_model(
         count = sum(tensor.numel() for tensor in tensors.values())
         print(f"read {len(tensors)} tensors, {count:,} parameters; eos token {ids['eos_token_id']}")
         layout = {"world_size": 1, "tensor": 1, "pipeline": 1, "context": 1}
-        state = TrainingState(network, None, None, layout, "import", "import", "import")
+        state = TrainingState([network], None, None, layout, "import", "import", "import")
         checkpoint = save(state, out, keep=1)
     done = Done(
         stage="import",

@@ -92,5 +92,5 @@ def trainer_model(stage: Path) -> Iterator[TrainerModel]:
 
     done = read_done(stage)
     with whole_model(model_of(done, stage), precision_of(stage)) as network:
-        load_model(network, stage / done.checkpoint)
+        load_model([network], stage / done.checkpoint)
         yield TrainerModel(network, stage)

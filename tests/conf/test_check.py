@@ -42,10 +42,18 @@ CASES = [
     ("parallel=tp2 model.vision.intermediate_size=255", "model.vision.intermediate_size=255"),
     ("parallel=tp2 model.text.hidden_size=127", "(the connector)=127"),
     # pipeline
-    ("parallel=pp2 model.text.layers=3", "parallel.pipeline_layers"),
-    ("parallel=pp2 parallel.pipeline_layers=[1,2]", "sums to 3"),
-    ("parallel=pp2 parallel.pipeline_layers=[0,4]", "each stage needs a layer"),
-    ("parallel=pp2 parallel.pipeline_layers=[4]", "names 1 stages"),
+    ("parallel=pp2 model.text.layers=1", "fewer than parallel.pipeline=2"),
+    ("parallel=pp2 parallel.pipeline_layers=[1,2]", "add up to model.text.layers=4"),
+    ("parallel=pp2 parallel.pipeline_layers=[0,4]", "2 positive numbers"),
+    ("parallel=pp2 parallel.pipeline_layers=[4]", "names 1 chunks"),
+    ("parallel=pp2 parallel.virtual_pipeline=3", "3 = 6 chunks"),
+    ("parallel=pp2 parallel.virtual_pipeline=0", "virtual_pipeline=0: it must be positive"),
+    ("parallel.virtual_pipeline=2", "needs parallel.pipeline > 1"),
+    (
+        "parallel=pp2 parallel.virtual_pipeline=2 stage.micro_batch_size=1 "
+        "stage.global_batch_size=3",
+        "make it a multiple of 2",
+    ),
     # ranks and batch
     ("parallel=tp2 parallel.world_size=3", "parallel.world_size=3 is not a multiple"),
     ("parallel=tp2 parallel.world_size=1", "parallel.world_size=1 is not a multiple"),

@@ -5,7 +5,8 @@ import torch
 
 from conf.schema import ParallelConfig, PrecisionConfig
 from conf.schema.errors import ConfigError
-from models.transformer_configs import language_config, pipeline_layout, vision_config
+from models.pipeline_layout import pipeline_layout
+from models.transformer_configs import language_config, vision_config
 from tests.models.tiny import tiny_model
 
 FP32 = PrecisionConfig()
@@ -41,9 +42,14 @@ def test_split_that_does_not_add_up_is_refused(layers: list[int]) -> None:
         language_config(tiny_model(), ParallelConfig(2, pipeline=2, pipeline_layers=layers), FP32)
 
 
-def test_indivisible_even_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"set parallel\.pipeline_layers"):
-        language_config(tiny_model(), ParallelConfig(3, pipeline=3), FP32)
+def test_virtual_stages_are_told_apart() -> None:
+    """Two stages that are each other's neighbours on both sides: no batched exchange."""
+    config = language_config(tiny_model(), ParallelConfig(2, pipeline=2, virtual_pipeline=2), FP32)
+    assert config.virtual_pipeline_model_parallel_size == 2
+    assert config.overlap_p2p_comm and not config.batch_p2p_comm
+    assert config.microbatch_group_size_per_vp_stage == 2
+    uneven = ParallelConfig(1, pipeline_layers=[4])
+    assert language_config(tiny_model(), uneven, FP32).pipeline_model_parallel_layout is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FP8 may run here")

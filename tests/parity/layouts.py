@@ -6,38 +6,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from conf.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from models.build import build_model
+from models.build import build_chunks
 from models.context_parallel import full_order, local_index
 from models.llava_next import LlavaNext
+from pipeline.model import wrap_chunks
 from tests.distributed import megatron
 from tests.models.shards import gather_shards, load_shards
 
 NOT_INPUTS = ("loss_mask_T",)
 
 
+def load_chunks(
+    model: ModelConfig, parallel: ParallelConfig, state: dict[str, Tensor]
+) -> list[LlavaNext]:
+    """This rank's chunks of the network with the given whole weights."""
+    chunks = build_chunks(model, parallel, PrecisionConfig())
+    for chunk in chunks:
+        load_shards(chunk, state)
+        chunk.freeze({"vision", "connector", "language"})
+    return chunks
+
+
 def build_loaded(
     model: ModelConfig, parallel: ParallelConfig, state: dict[str, Tensor]
 ) -> LlavaNext:
-    """This rank's part of the network with the given whole weights."""
-    built = build_model(
-        model,
-        parallel,
-        PrecisionConfig(),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    load_shards(built, state)
-    built.freeze({"vision", "connector", "language"})
-    return built
+    """As `load_chunks`, where this rank has one."""
+    (chunk,) = load_chunks(model, parallel, state)
+    return chunk
 
 
 def _inputs(batch: dict[str, Any], labels: bool) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def logits_worker(
 ) -> Tensor | None:
     """Logits of the whole row [T, V], on every rank of the last stage."""
     with megatron(parallel):
-        built = build_loaded(model, parallel, state)
+        chunks = load_chunks(model, parallel, state)
 
         def forward(batches: Iterator[dict], module: LlavaNext) -> tuple[Tensor, Any]:
             output = module(**_inputs(next(batches), labels=False))
@@ -60,9 +59,9 @@ def logits_worker(
 
         reports = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter([batch]),
-            model=[built],
-            num_microbatches=1,
+            data_iterator=[iter([batch] * parallel.pipeline) for _ in chunks],
+            model=chunks,
+            num_microbatches=parallel.pipeline,  # as many as an interleaved schedule wants
             seq_length=len(batch["tokens_T"]),
             micro_batch_size=1,
             forward_only=True,
@@ -88,7 +87,6 @@ def gradients_worker(
     parallel: ParallelConfig,
     state: dict[str, Tensor],
     micro_batches: Sequence[dict[str, Any]],
-    ddp: dict[str, Any] | None = None,
     trainable: Sequence[str] = ("vision", "connector", "language"),
 ) -> tuple[float | None, dict[str, Tensor]]:
     """Mean loss and whole gradients (of this stage) of one global batch.
@@ -96,15 +94,10 @@ def gradients_worker(
     Data-parallel replica r of R takes micro-batches r::R.
     """
     with megatron(parallel):
-        built = build_loaded(model, parallel, state)
-        built.freeze(trainable)
-        config = built.config
-        wrapped = DistributedDataParallel(
-            config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, **(ddp or {})), built
-        )
-        config.finalize_model_grads_func = finalize_model_grads
-        if wrapped.ddp_config.overlap_grad_reduce:
-            config.no_sync_func = wrapped.no_sync
+        chunks = load_chunks(model, parallel, state)
+        for chunk in chunks:
+            chunk.freeze(trainable)
+        wrapped = wrap_chunks(chunks, parallel, PrecisionConfig())
         replica = parallel_state.get_data_parallel_rank()
         mine = list(micro_batches)[replica :: parallel_state.get_data_parallel_world_size()]
 
@@ -122,11 +115,12 @@ def gradients_worker(
 
             return module(**_inputs(batch, labels=True)), loss
 
-        wrapped.zero_grad_buffer()
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
         reports = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(mine),
-            model=[wrapped],
+            data_iterator=[iter(mine) for _ in wrapped],
+            model=wrapped,
             num_microbatches=len(mine),
             seq_length=len(mine[0]["tokens_T"]),
             micro_batch_size=1,
@@ -137,4 +131,7 @@ def gradients_worker(
             sums = torch.stack(reports).sum(0)
             dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(True))
             loss = float(sums[0] / sums[1])
-        return loss, gather_shards(built, "main_grad")
+        gradients: dict[str, Tensor] = {}
+        for chunk in chunks:
+            gradients |= gather_shards(chunk, "main_grad")
+        return loss, gradients

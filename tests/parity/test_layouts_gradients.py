@@ -30,48 +30,45 @@ LENGTH = 256
 PACKED = [[0, 1], [2, 3, 4], [5], [6, 7]]
 UNPACKED = [[number] for number in range(8)]
 
-# name -> (layout, packs of document numbers, packs per micro-batch, DDP options)
+# name -> (layout, packs of document numbers, packs per micro-batch)
 ONE = ParallelConfig()
 CASES: dict[str, tuple] = {
-    "TP1": (ONE, PACKED, 1, {}),
-    "micro-batch 2": (ONE, PACKED, 2, {}),
-    "micro-batch 4": (ONE, PACKED, 4, {}),
-    "unpacked": (ONE, UNPACKED, 1, {}),
-    "unpacked, micro-batch 4": (ONE, UNPACKED, 4, {}),
-    "recompute full": (replace(ONE, recompute="full"), PACKED, 1, {}),
-    "recompute selective": (replace(ONE, recompute="selective"), PACKED, 1, {}),
-    "TP2": (ParallelConfig(2, tensor=2), PACKED, 1, {}),
-    "TP2+SP": (ParallelConfig(2, tensor=2, sequence_parallel=True), PACKED, 1, {}),
+    "TP1": (ONE, PACKED, 1),
+    "micro-batch 2": (ONE, PACKED, 2),
+    "micro-batch 4": (ONE, PACKED, 4),
+    "unpacked": (ONE, UNPACKED, 1),
+    "unpacked, micro-batch 4": (ONE, UNPACKED, 4),
+    "recompute full": (replace(ONE, recompute="full"), PACKED, 1),
+    "recompute selective": (replace(ONE, recompute="selective"), PACKED, 1),
+    "TP2": (ParallelConfig(2, tensor=2), PACKED, 1),
+    "TP2+SP": (ParallelConfig(2, tensor=2, sequence_parallel=True), PACKED, 1),
     "TP2+SP recompute full": (
         ParallelConfig(2, tensor=2, sequence_parallel=True, recompute="full"),
         PACKED,
         1,
-        {},
     ),
-    "PP2": (ParallelConfig(2, pipeline=2), PACKED, 1, {}),
-    "PP2 uneven": (ParallelConfig(2, pipeline=2, pipeline_layers=[1, 3]), PACKED, 1, {}),
-    "DP2": (ParallelConfig(2), PACKED, 1, {}),
-    "DP2 overlapped": (ParallelConfig(2), PACKED, 1, {"overlap_grad_reduce": True}),
-    "CP2": (ParallelConfig(2, context=2), PACKED, 1, {}),
+    "PP2": (ParallelConfig(2, pipeline=2), PACKED, 1),
+    "PP2 uneven": (ParallelConfig(2, pipeline=2, pipeline_layers=[1, 3]), PACKED, 1),
+    "DP2": (ParallelConfig(2), PACKED, 1),
+    "DP2 overlapped": (ParallelConfig(2, overlap_grad_reduce=True), PACKED, 1),
+    "PP2xVPP2": (ParallelConfig(2, pipeline=2, virtual_pipeline=2), PACKED, 1),
+    "CP2": (ParallelConfig(2, context=2), PACKED, 1),
     "CP2 recompute selective": (
         ParallelConfig(2, context=2, recompute="selective"),
         PACKED,
         2,
-        {},
     ),
     "TP2xPP2+SP": (
         ParallelConfig(4, tensor=2, pipeline=2, sequence_parallel=True),
         PACKED,
         1,
-        {},
     ),
     "CP2xTP2+SP": (
         ParallelConfig(4, tensor=2, context=2, sequence_parallel=True),
         PACKED,
         1,
-        {},
     ),
-    "PP2xDP2, micro-batch 2, unpacked": (ParallelConfig(4, pipeline=2), UNPACKED, 2, {}),
+    "PP2xDP2, micro-batch 2, unpacked": (ParallelConfig(4, pipeline=2), UNPACKED, 2),
 }
 
 
@@ -106,7 +103,7 @@ def batches(model: object, docs: list[Document], packs: list, size: int) -> list
 @pytest.mark.parametrize("case", CASES)
 def test_same_loss_and_gradients(case: str, reference: tuple) -> None:
     model, state, docs, expected_loss, expected = reference
-    parallel, packs, size, ddp = CASES[case]
+    parallel, packs, size = CASES[case]
     answers = run_ranks(
         parallel.world_size,
         gradients_worker,
@@ -114,7 +111,6 @@ def test_same_loss_and_gradients(case: str, reference: tuple) -> None:
         parallel,
         state,
         batches(model, docs, packs, size),
-        ddp,
     )
     losses, gradients = merged(answers)
     # never trained, hence outside DDP: the last vision layer and the norm after it
@@ -150,10 +146,9 @@ def test_text_only_replica_takes_part(reference: tuple) -> None:
             2,
             gradients_worker,
             model,
-            ParallelConfig(2),
+            ParallelConfig(2, overlap_grad_reduce=True),
             state,
             rows,
-            {"overlap_grad_reduce": True},
         )
     )
     assert max(abs(loss - one[0][0]) for loss in two[0]) < 1e-5
@@ -173,7 +168,6 @@ def test_stage_one_trains_the_connector_only(layout: ParallelConfig, reference: 
         layout,
         state,
         batches(model, docs, PACKED, 1),
-        None,
         ["connector"],
     )
     _, gradients = merged(answers)

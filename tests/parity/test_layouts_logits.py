@@ -20,6 +20,7 @@ LAYOUTS = {
     "TP2+SP": ParallelConfig(world_size=2, tensor=2, sequence_parallel=True),
     "PP2": ParallelConfig(world_size=2, pipeline=2),
     "PP2 uneven": ParallelConfig(world_size=2, pipeline=2, pipeline_layers=[1, 3]),
+    "PP2xVPP2": ParallelConfig(world_size=2, pipeline=2, virtual_pipeline=2),
     "TP2xPP2": ParallelConfig(world_size=4, tensor=2, pipeline=2),
     "TP2xPP2+SP": ParallelConfig(world_size=4, tensor=2, pipeline=2, sequence_parallel=True),
     "CP2": ParallelConfig(world_size=2, context=2),
