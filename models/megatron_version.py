@@ -5,12 +5,17 @@ in the project is written against what both share.
 """
 
 import logging
+from typing import Any
 
 import megatron.core
 from packaging.version import Version
 
 SUPPORTED = ("0.16", "0.19")
 MEGATRON = Version(megatron.core.__version__)
+
+# Keywords of an asynchronous `dist_checkpointing.save`: 0.19 would take the writer of another
+# package (nvidia-resiliency-ext) unless told otherwise.
+ASYNC_SAVE: dict[str, Any] = {"async_strategy": "mcore"} if Version("0.19") <= MEGATRON else {}
 
 
 def check_version() -> None:

@@ -47,7 +47,13 @@ class Callback:
         """Before a checkpoint is written."""
 
     def on_saved(self, trainer: Trainer, seconds: float) -> None:
-        """After a checkpoint was written, which took `seconds`."""
+        """After a checkpoint was written, or begun in the background; training stood `seconds`."""
+
+    def on_commit(self, trainer: Trainer) -> None:
+        """Before what was written in the background becomes a checkpoint."""
+
+    def on_committed(self, trainer: Trainer, seconds: float) -> None:
+        """After it has; `seconds` since its save began. Only with `parallel.async_checkpoint`."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of this process, whether the stage is done or was stopped."""

@@ -81,6 +81,9 @@ class Fence(Callback):
         if trainer.ranks.reports:
             self.check()
 
+    def on_commit(self, trainer: Trainer) -> None:
+        self.on_save(trainer)
+
     def on_end(self, trainer: Trainer) -> None:
         if trainer.ranks.reports:
             self.check()  # before DONE.json

@@ -41,7 +41,8 @@ class Walltime(Callback):
     """Watches the clock on one rank; the trainer tells the others.
 
     Ranks agree on a stop in the step after the wish, so a wish costs a step and a save, and not
-    wishing now costs a step more before the next chance.
+    wishing now costs a step more before the next chance. A save in the background that is not
+    done by then is waited for first.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Walltime(Callback):
         if self.end is None or self._asked or not trainer.ranks.reports:
             return
         left = self.end - self._clock()
-        if left < _SAFETY * (2 * max(self._steps) + self._save):
+        if left < _SAFETY * (2 * max(self._steps) + self._saves(trainer.writing_seconds)):
             self._asked = True
             trainer.say(
                 f"the job's time is nearly over ({max(left, 0.0):.0f} s before its reserve): "
@@ -72,6 +73,16 @@ class Walltime(Callback):
             )
             trainer.request_stop("walltime")
 
+    def _saves(self, writing: float | None) -> float:
+        """Seconds of the last save, and of what is left of one that began `writing` seconds ago."""
+        if writing is None:
+            return self._save
+        longest = max(self._save, writing)  # not the first: how long it takes is not known yet
+        return longest + longest - writing
+
     def on_saved(self, trainer: Trainer, seconds: float) -> None:
         self._save = max(self._save, seconds)
         self._saved_since += seconds
+
+    def on_committed(self, trainer: Trainer, seconds: float) -> None:
+        self._save = max(self._save, seconds)

@@ -18,6 +18,7 @@ class FakeTrainer:
         self.said: list[str] = []
         self.stop_reason = ""
         self.saves = 0
+        self.writing_seconds: float | None = None
 
     def say(self, message: str) -> None:
         self.said.append(message)
