@@ -6,9 +6,11 @@ here: a submit command checks too, and a job passes in what it found as `Hardwar
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
+from conf.alignment import document_multiple, ranks_of_row
 from conf.check_cluster import cluster_reasons, unnamed
+from conf.check_fp8 import fp8_reasons
+from conf.hardware import Hardware
 from conf.schema import Config
 from conf.schema.errors import ConfigError, refuse
 from models.anyres import AnyresGeometry
@@ -16,22 +18,8 @@ from models.pipeline_layout import chunk_layers
 
 # Least room beside the largest image for the chat template, a question and an answer, in tokens.
 TEXT_ROOM = 64
-# FP8 matrix products need rows and columns in multiples of this (Transformer Engine asserts 8 and
-# 16, megatron.core.fp8_utils pads to 16); blockwise scales are shared by 128 values.
-FP8_ROWS = 16
-FP8_COLUMNS = {"tensorwise": 16, "delayed": 16, "blockwise": 128}
-FP8_CAPABILITY = (8, 9)
 LAST_STAGE = 3
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What a job found on its node."""
-
-    cuda: bool
-    capability: tuple[int, int] | None = None  # of the first GPU
-    transformer_engine: bool = False
 
 
 Rule = Callable[[Config, Hardware | None], Iterator[str]]
@@ -149,12 +137,13 @@ def _batch(config: Config, _: Hardware | None) -> Iterator[str]:
             f"stage.micro_batch_size * replicas = {stage.micro_batch_size} * {parallel.data}; "
             f"use a multiple of {packs}"
         )
-    if parallel.context > 1 and stage.document_multiple % (2 * parallel.context):
+    documents = document_multiple(parallel)
+    if stage.document_multiple % documents:
         yield (
             f"stage.document_multiple={stage.document_multiple} is not a multiple of "
-            f"2 * parallel.context = {2 * parallel.context}; set it to one"
+            f"2 * parallel.context = {documents}; set it to one"
         )
-    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+    ranks = ranks_of_row(parallel)
     if stage.sequence_length % ranks:
         yield (
             f"stage.sequence_length={stage.sequence_length} is not a multiple of {ranks}, the "
@@ -253,56 +242,6 @@ def _head_dim(config: Config, hardware: Hardware | None) -> Iterator[str]:
             )
 
 
-def _fp8(config: Config, hardware: Hardware | None) -> Iterator[str]:
-    """FP8 is refused where it would silently be BF16, or fail in a matrix product."""
-    recipe = config.precision.fp8_recipe
-    if recipe is None:
-        return
-    switch = "use precision=bf16"
-    if hardware is None:
-        if not config.cluster.fp8:
-            yield (
-                f"precision.fp8_recipe={recipe} needs GPUs with FP8 (compute capability 8.9 or "
-                f"newer), and cluster.fp8=false; {switch}, or set cluster.fp8=true if they have it"
-            )
-    elif not hardware.cuda:
-        yield f"precision.fp8_recipe={recipe} needs a GPU, and there is none here; {switch}"
-    else:
-        if hardware.capability is None or hardware.capability < FP8_CAPABILITY:
-            found = ".".join(map(str, hardware.capability or ("unknown",)))
-            yield (
-                f"precision.fp8_recipe={recipe} needs compute capability 8.9 or newer, and this "
-                f"GPU has {found}; {switch}"
-            )
-        if not hardware.transformer_engine:
-            yield (
-                f"precision.fp8_recipe={recipe} needs Transformer Engine, which is not installed; "
-                f"install the [gpu] extra, or {switch}"
-            )
-    text, stage, parallel = config.model.text, config.stage, config.parallel
-    multiple = FP8_COLUMNS.get(recipe, FP8_ROWS)
-    columns = {
-        "model.text.hidden_size": (text.hidden_size, 1),
-        "model.text.intermediate_size": (text.intermediate_size, parallel.tensor),
-        "model.text.heads*head_dim": (text.heads * text.head_dim, parallel.tensor),
-        "model.text.kv_heads*head_dim": (text.kv_heads * text.head_dim, parallel.tensor),
-    }
-    for name, (size, ranks) in columns.items():
-        if size % (multiple * ranks):
-            yield (
-                f"{name}={size} over {ranks} tensor-parallel ranks is not a multiple of "
-                f"{multiple}, which precision.fp8_recipe={recipe} needs; "
-                f"lower parallel.tensor, or {switch}"
-            )
-    rows = stage.micro_batch_size * stage.sequence_length
-    ranks = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-    if rows % (FP8_ROWS * ranks):
-        yield (
-            f"stage.micro_batch_size * stage.sequence_length = {rows} tokens over {ranks} ranks is "
-            f"not a multiple of {FP8_ROWS}, which FP8 needs; round stage.sequence_length up"
-        )
-
-
 def _place(config: Config, _: Hardware | None) -> Iterator[str]:
     if not RUN_NAME.fullmatch(config.run):
         yield (
@@ -325,7 +264,7 @@ RULES: tuple[Rule, ...] = (
     _stage,
     _mix,
     _head_dim,
-    _fp8,
+    fp8_reasons,
     _place,
     _cluster,
 )

@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-from conf.check import Hardware
+from conf.hardware import Hardware
 
 
 def detect() -> Hardware:

@@ -23,10 +23,29 @@ class PrecisionConfig:
     def check(self) -> None:
         if self.params not in ("fp32", "bf16"):
             raise ConfigError(f"precision.params={self.params!r} is neither fp32 nor bf16")
-        if self.fp8_recipe is not None:
-            if self.fp8_recipe not in RECIPES:
+        first, last = self.fp8_first_layers_bf16, self.fp8_last_layers_bf16
+        if min(first, last) < 0:
+            raise ConfigError(
+                f"precision.fp8_first_layers_bf16={first}, precision.fp8_last_layers_bf16={last}: "
+                "they must not be negative"
+            )
+        if self.fp8_recipe is None:
+            if first or last or self.fp8_params:
                 raise ConfigError(
-                    f"precision.fp8_recipe={self.fp8_recipe!r} is none of {', '.join(RECIPES)}"
+                    "precision.fp8_first_layers_bf16, fp8_last_layers_bf16 and fp8_params mean "
+                    "nothing without precision.fp8_recipe; set it, or leave them at 0 and false"
                 )
-            if self.params != "bf16":
-                raise ConfigError("precision.fp8_recipe needs precision.params=bf16")
+            return
+        if self.fp8_recipe not in RECIPES:
+            raise ConfigError(
+                f"precision.fp8_recipe={self.fp8_recipe!r} is none of {', '.join(RECIPES)}"
+            )
+        if self.params != "bf16":
+            raise ConfigError("precision.fp8_recipe needs precision.params=bf16")
+        if self.fp8_recipe == "delayed" and (first or last):
+            # One scope for the whole pass: its end reduces the maxima of all layers.
+            raise ConfigError(
+                "precision.fp8_recipe=delayed cannot keep single layers in BF16 "
+                f"(fp8_first_layers_bf16={first}, fp8_last_layers_bf16={last}); set both to 0, or "
+                "use tensorwise or blockwise"
+            )

@@ -2,8 +2,9 @@
 
 import pytest
 
-from conf.check import Hardware, check
+from conf.check import check
 from conf.compose import compose, options
+from conf.hardware import Hardware
 from conf.schema.errors import ConfigError
 
 H100 = Hardware(cuda=True, capability=(9, 0), transformer_engine=True)
@@ -143,34 +144,3 @@ def test_fused_attention_needs_a_head_size_on_a_gpu_only() -> None:
     check(compose(overrides))
     assert "model.text.head_dim=36" in refused(*overrides, hardware=H100)
     assert "model.text.head_dim=36" in refused(*overrides, "cluster.gpus_per_node=1")
-
-
-FP8 = ["precision=fp8", "data=demo"]
-
-
-def test_fp8_needs_hardware() -> None:
-    assert "cluster.fp8=true" in refused(*FP8)
-    assert "needs a GPU" in refused(*FP8, hardware=Hardware(cuda=False))
-    a100 = Hardware(cuda=True, capability=(8, 0), transformer_engine=True)
-    assert "this GPU has 8.0" in refused(*FP8, hardware=a100)
-    bare = Hardware(cuda=True, capability=(9, 0), transformer_engine=False)
-    assert "[gpu] extra" in refused(*FP8, hardware=bare)
-    check(compose(FP8), H100)
-    check(compose([*FP8, "cluster.fp8=true"]))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ("precision.params=fp32", "needs precision.params=bf16"),
-        ("precision.fp8_recipe=magic", "precision.fp8_recipe='magic'"),
-        ("precision.fp8_recipe=blockwise", "model.text.intermediate_size=320"),
-        ("model.text.intermediate_size=328", "model.text.intermediate_size=328"),
-        (
-            "stage.document_multiple=1 stage.micro_batch_size=1 stage.sequence_length=515",
-            "round stage.sequence_length up",
-        ),
-    ],
-)
-def test_fp8_needs_aligned_shapes(overrides: str, message: str) -> None:
-    assert message in refused(*FP8, *overrides.split(), hardware=H100)
