@@ -5,9 +5,8 @@ Everything in it is sharded by global coordinates, so it loads under any tensor,
 and data-parallel layout (`fully_reshardable` in megatron.core.optimizer.distrib_optimizer).
 """
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +17,22 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data_shards.durable import sync_directory
 from models.llava_next import LlavaNext
-from pipeline.early_signals import signals_held
-from pipeline.files import digest_and_fsync
-from pipeline.manifest import (
-    CheckpointError,
-    Manifest,
-    read_manifest,
-    verify_files,
-    write_manifest,
+from models.megatron_version import ASYNC_SAVE
+from pipeline.checkpoint_files import (
+    CHECKPOINTS,
+    commit,
+    discard,
+    last_line,
+    open_aside,
+    saved_steps,
+    spread_digests,
+    step_directory,
 )
+from pipeline.early_signals import signals_held
+from pipeline.manifest import CheckpointError, Manifest, read_manifest, verify_files
 from pipeline.rng import rng_state, set_rng_state
 from pipeline.safe_pickle import check_metadata
-
-CHECKPOINTS = "checkpoints"
-
-
-def step_directory(stage_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return stage_dir / CHECKPOINTS / f"step_{step:08d}"
-
-
-def saved_steps(stage_dir: Path) -> list[int]:
-    """Steps whose folder carries a manifest, oldest first; nothing is verified yet."""
-    found = []
-    for directory in (stage_dir / CHECKPOINTS).glob("step_*"):
-        if (directory / "MANIFEST.json").is_file() and directory.name[5:].isdigit():
-            found.append(int(directory.name[5:]))
-    return sorted(found)
 
 
 @dataclass
@@ -85,14 +71,30 @@ class TrainingState:
             state["rng"] = ShardedObject("rng", rng_state(), (size,), (rank,), replica_id=0)
         return state
 
+    def manifest(self) -> Manifest:
+        """What identifies a checkpoint of this moment; its files are not known yet."""
+        return Manifest(
+            step=self.step,
+            samples=self.samples,
+            plan_digest=self.plan_digest,
+            config_digest=self.config_digest,
+            layout=self.layout,
+            code_version=self.code_version,
+            files={},
+        )
 
-def _spread_digests(directory: Path) -> dict[str, tuple[int, str]]:
-    """Digest every file of a new checkpoint, each rank its share, and make them durable."""
-    names = sorted(p.name for p in directory.iterdir())
-    mine = names[dist.get_rank() :: dist.get_world_size()]
-    gathered: list[dict[str, tuple[int, str]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, {name: digest_and_fsync(directory / name) for name in mine})
-    return {name: entry for part in gathered if part for name, entry in part.items()}
+
+def write_request(state: TrainingState, directory: Path) -> Any:
+    """Plan the files of a checkpoint: Megatron's `AsyncRequest`, of which nothing has run yet.
+
+    Rank 0 has written what is not sharded (`common.pt`). All ranks call it.
+    """
+    return dist_checkpointing.save(
+        state.sharded(loading=False, with_rng=True),
+        str(directory),
+        async_sharded_save=True,
+        **ASYNC_SAVE,
+    )
 
 
 def save(state: TrainingState, stage_dir: Path, keep: int) -> Path:
@@ -103,54 +105,17 @@ def save(state: TrainingState, stage_dir: Path, keep: int) -> Path:
     Raises:
         OSError: no space, no permission; earlier checkpoints are untouched.
     """
-    final = step_directory(stage_dir, state.step)
-    aside = final.with_name(f".{final.name}.tmp")
-    if dist.get_rank() == 0:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in final.parent.glob(".step_*.tmp"):
-            shutil.rmtree(leftover)
-        aside.mkdir()
-    dist.barrier()
+    place = open_aside(stage_dir, state.step)
     try:
         with signals_held():
-            dist_checkpointing.save(state.sharded(loading=False, with_rng=True), str(aside))
+            dist_checkpointing.save(state.sharded(loading=False, with_rng=True), str(place.aside))
         dist.barrier()
-        files = _spread_digests(aside)
+        files = spread_digests(place.aside)
     except (CheckpointException, OSError, RuntimeError) as error:
-        # Megatron's writers run in processes of their own; the cause is in the last line.
-        cause = str(error).strip().splitlines()[-1]
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(
-            f"{final} could not be written ({cause}); make room or give permission and run the "
-            "same command: it resumes from the checkpoint before"
-        ) from error
-    if dist.get_rank() == 0:
-        manifest = Manifest(
-            step=state.step,
-            samples=state.samples,
-            plan_digest=state.plan_digest,
-            config_digest=state.config_digest,
-            layout=state.layout,
-            code_version=state.code_version,
-            files=files,
-        )
-        write_manifest(aside, manifest)
-        sync_directory(aside)
-        if final.exists():  # a damaged checkpoint of the same step that resuming passed over
-            shutil.rmtree(final)
-        aside.rename(final)
-        sync_directory(final.parent)
-        prune(stage_dir, keep)
-    dist.barrier()
-    return final
-
-
-def prune(stage_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, manifest first."""
-    for step in saved_steps(stage_dir)[:-keep]:
-        directory = step_directory(stage_dir, step)
-        (directory / "MANIFEST.json").unlink()
-        shutil.rmtree(directory)
+        discard(place)
+        raise place.failure(last_line(error)) from error
+    commit(place, replace(state.manifest(), files=files), keep)
+    return place.final
 
 
 def verify(directory: Path) -> Manifest:
