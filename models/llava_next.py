@@ -1,10 +1,9 @@
-"""LLaVA-NeXT on Megatron-core: image features placed into the token stream of a GPTModel."""
+"""LLaVA-NeXT on Megatron-core: image features placed into the decoder's token stream."""
 
 from collections.abc import Iterable
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -15,7 +14,9 @@ from conf.schema import ModelConfig
 from models.connector import Connector
 from models.context_parallel import local_index
 from models.layer_specs import block_spec
+from models.tile_sharing import gather_shares, own_share
 from models.vision_tower import VisionTower
+from models.vocabulary_loss import Decoder
 
 MODULES = ("vision", "connector", "language")
 
@@ -36,7 +37,9 @@ class LlavaNext(MegatronModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
+        loss_chunk: int = 0,
     ) -> None:
+        """`loss_chunk`: tokens whose logits exist at one time, 0 for all that have a target."""
         super().__init__(config=config)
         # Megatron's schedules and gradient reductions read these from the wrapped model.
         self.pre_process = pre_process
@@ -54,7 +57,7 @@ class LlavaNext(MegatronModule):
             self.image_newline = nn.Parameter(
                 newline.to(device=torch.cuda.current_device(), dtype=config.params_dtype)
             )
-        self.language_model = GPTModel(
+        self.language_model = Decoder(
             config=config,
             transformer_layer_spec=block_spec(config, decoder_layers, causal=True),
             vocab_size=model.text.vocab_size,
@@ -67,6 +70,7 @@ class LlavaNext(MegatronModule):
             # Image features are put in before the tokens are shared out.
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
+            loss_chunk=loss_chunk,
         )
         self.position_embedding_type = self.language_model.position_embedding_type
         self.model_type = self.language_model.model_type
@@ -99,13 +103,15 @@ class LlavaNext(MegatronModule):
     def feature_table(self, tiles_NCHW: Tensor) -> Tensor:
         """Connector output of every patch of every tile, then `image_newline`.
 
-        uint8 [N, 3, side, side] -> [N*g*g + 1, H].
+        Context-parallel ranks compute it together. uint8 [N, 3, side, side] -> [N*g*g + 1, H].
         """
         learns = torch.is_grad_enabled()
+        own_NCHW = own_share(tiles_NCHW, self.cp_group)
         with torch.set_grad_enabled(learns and self.vision_tower.position_embedding.requires_grad):
-            patches_PNH = self.vision_tower(tiles_NCHW)
+            patches_PNH = self.vision_tower(own_NCHW)
         with torch.set_grad_enabled(learns and (patches_PNH.requires_grad or self._connects())):
             features_NPH = self.connector(patches_PNH).transpose(0, 1)
+            features_NPH = gather_shares(features_NPH, len(tiles_NCHW), self.cp_group)
             return torch.cat([features_NPH.flatten(0, 1), self.image_newline[None]])
 
     def _connects(self) -> bool:
@@ -150,6 +156,7 @@ class LlavaNext(MegatronModule):
         cu_seqlens: Tensor,
         max_seqlen: int,
         labels_T: Tensor | None = None,
+        loss_mask_T: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch; every tensor covers the whole row, on every rank.
 
@@ -163,11 +170,14 @@ class LlavaNext(MegatronModule):
             cu_seqlens: int32 [documents + 1]; lengths are multiples of 2 * context ranks.
             max_seqlen: length of the longest document.
             labels_T: int64 [T].
+            loss_mask_T: [T], 0 where a token has no target; with it only the others' logits are
+                computed.
 
         Returns:
             Last stage: float32 loss of each token of this context-parallel rank [T / cp], in
-            `local_index` order, or without labels its logits [T / cp, V / tp]. Earlier stages:
-            hidden states [T / cp (/ tp with sequence parallelism), 1, H].
+            `local_index` order (0 for tokens without a target), or without labels its logits
+            [T / cp, V / tp]. Earlier stages: hidden states [T / cp (/ tp with sequence
+            parallelism), 1, H].
         """
         cp_size = self.cp_group.size()
         index_T = None
@@ -191,12 +201,15 @@ class LlavaNext(MegatronModule):
             )
         if labels_T is not None and index_T is not None:
             labels_T = labels_T[index_T]
+        if loss_mask_T is not None and index_T is not None:
+            loss_mask_T = loss_mask_T[index_T]
         output = self.language_model(
             input_ids=None,
             position_ids=None,
             attention_mask=None,
             decoder_input=decoder_input,
             labels=None if labels_T is None else labels_T[None],
+            loss_mask=None if loss_mask_T is None else loss_mask_T[None],
             packed_seq_params=packed,
         )
         return output.squeeze(0) if self.post_process else output

@@ -46,7 +46,7 @@ class DeviceBatch:
         )
 
     def model_inputs(self) -> dict[str, Tensor | int]:
-        """Arguments of `LlavaNext.forward`, labels included."""
+        """Arguments of `LlavaNext.forward`, labels and mask included."""
         return {
             "tokens_T": self.tokens_T,
             "position_ids_T": self.position_ids_T,
@@ -56,4 +56,5 @@ class DeviceBatch:
             "cu_seqlens": self.cu_seqlens,
             "max_seqlen": self.max_seqlen,
             "labels_T": self.labels_T,
+            "loss_mask_T": self.loss_mask_T,
         }
