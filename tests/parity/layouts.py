@@ -40,10 +40,8 @@ def build_loaded(
 
 
 def _inputs(batch: dict[str, Any], labels: bool) -> dict[str, Any]:
-    inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
-    if not labels:
-        del inputs["labels_T"]
-    return inputs
+    without = () if labels else (*NOT_INPUTS, "labels_T")
+    return {name: value for name, value in batch.items() if name not in without}
 
 
 def logits_worker(

@@ -69,6 +69,17 @@ CASES: dict[str, tuple] = {
         1,
     ),
     "PP2xDP2, micro-batch 2, unpacked": (ParallelConfig(4, pipeline=2), UNPACKED, 2),
+    "loss by 16 tokens": (replace(ONE, loss_chunk=16), PACKED, 2),
+    "TP2xPP2+SP, loss by 13 tokens": (
+        ParallelConfig(4, tensor=2, pipeline=2, sequence_parallel=True, loss_chunk=13),
+        PACKED,
+        1,
+    ),
+    "CP2xTP2, loss by 16 tokens": (
+        ParallelConfig(4, tensor=2, context=2, loss_chunk=16),
+        PACKED,
+        1,
+    ),
 }
 
 
@@ -157,7 +168,15 @@ def test_text_only_replica_takes_part(reference: tuple) -> None:
     assert float(one[1]["connector.linear_fc1.weight"].abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("layout", [ONE, ParallelConfig(2, pipeline=2)], ids=["PP1", "PP2"])
+STAGE_ONE = {
+    "PP1": ONE,
+    "PP2": ParallelConfig(2, pipeline=2),
+    "CP2": ParallelConfig(2, context=2),
+    "TP2+SP, loss by 16 tokens": ParallelConfig(2, tensor=2, sequence_parallel=True, loss_chunk=16),
+}
+
+
+@pytest.mark.parametrize("layout", STAGE_ONE.values(), ids=STAGE_ONE)
 def test_stage_one_trains_the_connector_only(layout: ParallelConfig, reference: tuple) -> None:
     """Both towers frozen (the second pipeline stage has nothing to train)."""
     model, state, docs, _, expected = reference
