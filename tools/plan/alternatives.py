@@ -1,0 +1,132 @@
+"""Other layouts for the same stage and GPUs: all that `conf.check` lets pass, ranked."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.check import check
+from conf.compose import DIRECTORY, options
+from conf.schema import Config, ParallelConfig
+from conf.schema.errors import ConfigError
+from models.pipeline_layout import chunk_layers
+from tools.plan.job import job_of
+from tools.plan.memory import fit
+from tools.plan.predict import Prediction, predict
+from tools.plan.workload import Row
+
+TENSOR = (1, 2, 4, 8)
+PIPELINE = (1, 2, 4, 8)
+VIRTUAL = (1, 2, 3)
+CONTEXT = (1, 2, 4)
+# How to recompute, from nothing to everything.
+RECOMPUTE: tuple[dict[str, Any], ...] = (
+    {"recompute": "none"},
+    {"recompute": "selective", "recompute_modules": ["mlp"]},
+    {"recompute": "full"},
+)
+
+
+def candidates(config: Config) -> Iterator[Config]:
+    """Layouts of as many GPUs that could run; not yet whether they fit."""
+    parallel = config.parallel
+    precisions = [config.precision]
+    if config.cluster.fp8 and config.precision.params == "bf16":
+        other = "tensorwise" if config.precision.fp8_recipe is None else None
+        precisions.append(dataclasses.replace(config.precision, fp8_recipe=other))
+    for tensor, pipeline, virtual, context in itertools.product(TENSOR, PIPELINE, VIRTUAL, CONTEXT):
+        ranks = tensor * pipeline * context
+        if parallel.world_size % ranks or tensor > max(1, config.cluster.gpus_per_node):
+            continue
+        if virtual > 1 and pipeline == 1:
+            continue
+        for precision, again, packs in itertools.product(precisions, RECOMPUTE, (1, 2)):
+            layout = dataclasses.replace(
+                parallel,
+                tensor=tensor,
+                pipeline=pipeline,
+                virtual_pipeline=virtual,
+                context=context,
+                sequence_parallel=tensor > 1,
+                pipeline_layers=None,
+                recompute_layers=None,
+                **again,
+            )
+            yield dataclasses.replace(
+                config,
+                parallel=layout,
+                precision=precision,
+                stage=dataclasses.replace(config.stage, micro_batch_size=packs),
+            )
+
+
+def runs(config: Config) -> bool:
+    """Whether `conf.check` has no objection."""
+    try:
+        check(config, dry=True)
+    except ConfigError:
+        return False
+    return True
+
+
+def ranked(config: Config, settings: Mapping[str, float], row: Row, most: int) -> list[Prediction]:
+    """The fastest layouts that fit and run, best first."""
+    found = []
+    splits: dict[tuple[int, int], tuple[int, ...] | None] = {}
+    for candidate in candidates(config):
+        parallel = candidate.parallel
+        key = parallel.pipeline, parallel.virtual_pipeline
+        if key not in splits:
+            splits[key] = _split(candidate)
+        split = splits[key]
+        if split is None:
+            continue
+        job = job_of(candidate, row, split)
+        # Memory refuses most, and is quickly known.
+        if job.micro_batches and fit(job).fits and runs(candidate):
+            found.append(predict(candidate, settings, row, job))
+    found.sort(key=lambda prediction: -prediction.step.tokens_per_gpu)
+    return found[:most]
+
+
+def _split(config: Config) -> tuple[int, ...] | None:
+    try:
+        return tuple(chunk_layers(config.model, config.parallel))
+    except ConfigError:
+        return None  # more chunks than layers
+
+
+def preset(name: str) -> ParallelConfig:
+    """One choice of conf/parallel, without Hydra."""
+    return ParallelConfig(**_values(DIRECTORY / "parallel" / f"{name}.yaml"))
+
+
+def _values(path: Path) -> dict[str, Any]:
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    merged: dict[str, Any] = {}
+    for entry in values.pop("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            merged |= _values(path.with_name(f"{entry}.yaml"))
+    return merged | values
+
+
+def nearest_preset(
+    config: Config, settings: Mapping[str, float], row: Row
+) -> tuple[str, Prediction] | None:
+    """The choice of conf/parallel that runs and fits, nearest in GPUs, then fastest."""
+    found = []
+    for name in options("parallel"):
+        candidate = dataclasses.replace(config, parallel=preset(name))
+        if not runs(candidate):
+            continue
+        prediction = predict(candidate, settings, row)
+        if prediction.fit.fits:
+            distance = abs(candidate.parallel.world_size - config.parallel.world_size)
+            found.append((distance, -prediction.step.tokens_per_gpu, name, prediction))
+    if not found:
+        return None
+    best = min(found, key=lambda entry: entry[:3])
+    return best[2], best[3]
