@@ -26,6 +26,17 @@ def build_training_model(config: Config) -> list[DistributedDataParallel]:
     return wrap_chunks(chunks, config.parallel, config.precision)
 
 
+def gather_parameters(models: Sequence[DistributedDataParallel]) -> None:
+    """Give every replica the weights of the last step now; all ranks call it.
+
+    With `overlap_param_gather` a replica holds new weights of its own share only, until the next
+    forward pass gathers the others'.
+    """
+    for model in models:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)
+
+
 def wrap_chunks(
     chunks: Sequence[LlavaNext], parallel: ParallelConfig, precision: PrecisionConfig
 ) -> list[DistributedDataParallel]:

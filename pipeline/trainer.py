@@ -21,6 +21,7 @@ from pipeline.distributed import Ranks
 from pipeline.files import digest_and_fsync, read_json
 from pipeline.handoff import DONE, Done, check_predecessor, read_done, write_done
 from pipeline.manifest import MANIFEST
+from pipeline.model import gather_parameters
 from pipeline.objectives.base import Objective
 from pipeline.optimizer import build_optimizer, build_schedule, learning_rates
 from pipeline.stages import frozen_modules, trainable_modules
@@ -217,6 +218,7 @@ class Trainer:
         """Checkpoint the current step."""
         for callback in self._callbacks:
             callback.on_save(self)
+        gather_parameters(self.models)
         started = time.perf_counter()
         checkpoint.save(self.state, self.stage_dir, self.config.stage.checkpoint.keep)
         seconds = time.perf_counter() - started
