@@ -84,13 +84,20 @@ def forward_flops(
             of a preference pair share theirs.
     """
     lengths = list(documents)
+    return batch_flops(model, sum(lengths), causal_pairs(lengths), targets, tiles)
+
+
+def batch_flops(
+    model: ModelConfig, tokens: int, attended: int, targets: int, tiles: int
+) -> ModuleFlops:
+    """`forward_flops` of documents that hold `tokens` tokens and `attended` causal pairs."""
     text, vision = model.text, model.vision
-    attention = causal_pairs(lengths) * decoder_pair_flops(text)
+    attention = attended * decoder_pair_flops(text)
     patches = tiles * patch_embedding_flops(vision)
     rows = tiles * vision.grid**2
     first = 2.0 * rows * vision.hidden_size * text.hidden_size
     return ModuleFlops(
-        language=sum(lengths) * decoder_token_flops(text) + attention,
+        language=tokens * decoder_token_flops(text) + attention,
         vocabulary=2.0 * targets * text.hidden_size * text.vocab_size,
         vision=patches + tiles * encoder_flops(vision),
         connector=first + 2.0 * rows * text.hidden_size**2,

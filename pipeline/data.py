@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from conf.schema import Config
 from data_shards.batch import PackedBatch
 from data_shards.chat import ChatTokenizer
@@ -11,7 +13,7 @@ from data_shards.loader import Loader
 from data_shards.manifest import Manifest, read_manifest
 from data_shards.plan import Plan, build_plan, sequential_plan
 from models.anyres import AnyresGeometry
-from pipeline.callbacks.base import BatchCounts
+from pipeline.callbacks.base import BatchCounts, Work
 from pipeline.distributed import Ranks
 
 
@@ -61,16 +63,34 @@ class StageData:
         return self._loader(self.everything).chosen(steps)
 
     def counts(self, step: int, masked: int) -> BatchCounts:
-        """What the global batch of `step` holds, by the manifests."""
-        tokens = samples = images = tiles = 0
-        for pack in self.plan.packs(step):
-            samples += len(pack)
-            for which, row in pack.tolist():
-                manifest = self.manifests[self.plan.names[which]]
-                tokens += int(manifest.tokens[row]) + int(manifest.tokens_rejected[row])
-                tiles += int(manifest.tiles[row])
-                images += int(manifest.first_image[row + 1] - manifest.first_image[row])
-        return BatchCounts(tokens, samples, images, tiles, masked)
+        """What the global batch of `step` holds, by the manifests; the same on all ranks."""
+        packs, replicas = self.plan.packs(step), self.ranks.data_size
+        samples = np.concatenate([*packs, np.empty((0, 2), np.int32)])
+        # Replica r takes packs [r::replicas].
+        owner = np.repeat(np.arange(len(packs)) % replicas, [len(pack) for pack in packs])
+        columns = np.zeros((len(samples), 5), np.int64)
+        for which, name in enumerate(self.plan.names):
+            mine = np.flatnonzero(samples[:, 0] == which)
+            rows, manifest = samples[mine, 1], self.manifests[name]
+            chosen = manifest.tokens[rows].astype(np.int64)
+            rejected = manifest.tokens_rejected[rows].astype(np.int64)
+            columns[mine, 0] = chosen + rejected
+            columns[mine, 1] = (chosen * (chosen + 1) + rejected * (rejected + 1)) // 2
+            columns[mine, 2] = manifest.target_tokens[rows]
+            columns[mine, 3] = manifest.tiles[rows]
+            columns[mine, 4] = manifest.first_image[rows + 1] - manifest.first_image[rows]
+        shares = np.zeros((replicas, 5), np.int64)
+        np.add.at(shares, owner, columns)
+        tokens, _, _, tiles, images = shares.sum(0).tolist()
+        return BatchCounts(
+            tokens=tokens,
+            samples=len(samples),
+            images=images,
+            tiles=tiles,
+            masked=masked,
+            positions=len(packs) * self.plan.sequence_length,
+            replicas=tuple(Work(*share[:4]) for share in shares.tolist()),
+        )
 
 
 def open_data(config: Config, ranks: Ranks) -> StageData:

@@ -16,6 +16,7 @@ from conf.schema import StageConfig
 from data_shards.batch import PackedBatch
 from pipeline.batch import DeviceBatch
 from pipeline.objectives.base import ForwardStepFunction, Objective
+from pipeline.timers import COMMUNICATION, OPTIMIZER, StepTimers
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def train_step(
     micro_batches: Sequence[PackedBatch],
     stage: StageConfig,
     device: torch.device,
+    timers: StepTimers | None = None,
 ) -> StepResult:
     """Gradients of one global batch, clipped, applied.
 
@@ -88,16 +90,20 @@ def train_step(
         FloatingPointError: the loss or the gradient norm is not finite. Stop then: the weights
             may be spoilt, the last checkpoint is not.
     """
-    for model in models:
-        model.zero_grad_buffer()
-    optimizer.zero_grad()
+    timers = timers or StepTimers()
+    with timers(OPTIMIZER):
+        for model in models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
     reports = run_schedule(models, objective, micro_batches, stage, device, forward_only=False)
     names = list(objective.reported)
-    *sums, terms = _global_sums(reports, [*names, "terms"]).tolist()
+    with timers(COMMUNICATION):
+        *sums, terms = _global_sums(reports, [*names, "terms"]).tolist()
     values = {name: total / max(terms, 1.0) for name, total in zip(names, sums, strict=True)}
     if not all(map(math.isfinite, values.values())):
         raise FloatingPointError(f"the loss is not finite ({values}); lower stage.lr")
-    _, grad_norm, _ = optimizer.step()
+    with timers(OPTIMIZER):
+        _, grad_norm, _ = optimizer.step()
     if grad_norm is not None and not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradient norm is {grad_norm}; lower stage.lr")
     return StepResult(values=values, terms=int(terms), grad_norm=float(grad_norm or 0.0))

@@ -15,17 +15,20 @@ from megatron.core.distributed import DistributedDataParallel
 from conf.schema import Config
 from models.llava_next import LlavaNext
 from pipeline import checkpoint
+from pipeline.async_save import AsyncSaver, Saved
 from pipeline.callbacks.base import Callback, StepEvent
 from pipeline.data import StageData
 from pipeline.distributed import Ranks
 from pipeline.files import digest_and_fsync, read_json
 from pipeline.handoff import DONE, Done, check_predecessor, read_done, write_done
 from pipeline.manifest import MANIFEST
+from pipeline.memory import peak_bytes
 from pipeline.model import gather_parameters
 from pipeline.objectives.base import Objective
 from pipeline.optimizer import build_optimizer, build_schedule, learning_rates
 from pipeline.stages import frozen_modules, trainable_modules
 from pipeline.step import StepResult, train_step
+from pipeline.timers import CHECKPOINT, COMMUNICATION, DATA, StepTimers
 
 
 def config_digest(config: Config) -> str:
@@ -88,6 +91,9 @@ class Trainer:
         self._last_result: StepResult | None = None
         self._holds_predecessor = False
         self._callbacks: list[Callback] = []
+        self.timers = StepTimers()
+        keep = config.stage.checkpoint.keep
+        self._saver = AsyncSaver(stage_dir, keep, self._before_commit)
 
     def _default_source(self) -> Path:
         number = self.config.stage.number
@@ -156,8 +162,10 @@ class Trainer:
                 f"{directory / MANIFEST} is not the one that {self.predecessor / DONE} names; "
                 "the predecessor changed after it was done"
             )
-        checkpoint.load_model(self.state.models, directory)
-        self.optimizer.reload_model_params()
+        weights = checkpoint.load_model(self.state.models, directory)
+        # FP8 weights are rounded already: their master copy is made of what was read.
+        fp8 = self.config.precision.fp8_params
+        self.optimizer.reload_model_params(weights if fp8 else None)
         self._holds_predecessor = True
         self.say(f"begins from {directory}")
 
@@ -168,27 +176,14 @@ class Trainer:
             callback.on_start(self)
         for model in self.models:
             model.train()
-        stage, code = self.config.stage, 0
-        ended = time.perf_counter()
-        for step, micro_batches in self.data.batches(self.state.step):
-            waited = time.perf_counter() - ended
-            rates = learning_rates(self.optimizer)
-            result = train_step(
-                self.models, self.optimizer, objective, micro_batches, stage, self.ranks.device
-            )
-            self.schedule.step(1)
-            masked = self._agree(sum(batch.n_masked for batch in micro_batches))
-            counts = self.data.counts(step, masked)
-            self.state.step = step + 1
-            self.state.samples += counts.samples
-            self._last_result = result
-            started, ended = ended, time.perf_counter()
-            event = StepEvent(self.state.step, result, counts, rates, ended - started, waited)
-            for callback in callbacks:
-                callback.on_step(self, event)
-            if self.stop_agreed and self.state.step < self.total_steps:
-                code = 128 + signal.SIGTERM
-                break
+        try:
+            code = self._run_steps(objective)
+            self._committed(self._saver.finish())
+        except FloatingPointError:  # on every rank alike; what is being written is not spoilt
+            self._committed(self._saver.finish())
+            raise
+        finally:
+            self._saver.abandon()
         for callback in callbacks:
             callback.on_end(self)
         if code == 0:
@@ -200,30 +195,106 @@ class Trainer:
             )
         return code
 
-    def _agree(self, masked: int) -> int:
+    def _run_steps(self, objective: Objective) -> int:
+        stage = self.config.stage
+        self.timers.attach(self.models, self.optimizer)
+        self.timers.begin()
+        ended = asked = time.perf_counter()
+        for step, micro_batches in self.timers.each(DATA, self.data.batches(self.state.step)):
+            waited = time.perf_counter() - asked
+            rates = learning_rates(self.optimizer)
+            result = train_step(
+                self.models,
+                self.optimizer,
+                objective,
+                micro_batches,
+                stage,
+                self.ranks.device,
+                self.timers,
+            )
+            self.schedule.step(1)
+            with self.timers(COMMUNICATION):
+                masked, waits, memory = self._agree(
+                    sum(batch.n_masked for batch in micro_batches), waited
+                )
+            counts = self.data.counts(step, masked)
+            self.state.step = step + 1
+            self.state.samples += counts.samples
+            self._last_result = result
+            split = self.timers.end()
+            started, ended = ended, time.perf_counter()
+            event = StepEvent(
+                self.state.step,
+                result,
+                counts,
+                rates,
+                ended - started,
+                waited,
+                split,
+                waits,
+                memory,
+            )
+            with self.timers(CHECKPOINT):
+                self._committed(self._saver.poll())
+            for callback in self._callbacks:
+                callback.on_step(self, event)
+            if self.stop_agreed and self.state.step < self.total_steps:
+                return 128 + signal.SIGTERM
+            asked = time.perf_counter()
+        return 0
+
+    def _agree(
+        self, masked: int, waited: float
+    ) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
         """One small all-reduce: a wish of any rank becomes everybody's decision.
 
-        Returns the masked samples of the global batch; all ranks of a replica see the same ones.
+        Returns the masked samples of the global batch (all ranks of a replica see the same ones),
+        and of every rank the seconds that it waited for data and its peak memory: a sum where
+        each adds to places of its own is a gather.
         """
-        wishes = torch.tensor(
-            [float(bool(self.stop_reason)), float(self._save_wanted), float(masked)],
-            device=self.ranks.device,
-        )
-        dist.all_reduce(wishes)
-        stop, save, masked_everywhere = wishes.tolist()
+        ranks, rank = self.ranks.world_size, self.ranks.rank
+        wishes = [float(bool(self.stop_reason)), float(self._save_wanted), float(masked)]
+        waits, memory = [0.0] * ranks, [0.0] * ranks
+        waits[rank], memory[rank] = waited, float(peak_bytes())
+        sums = torch.tensor([*wishes, *waits, *memory], device=self.ranks.device)
+        dist.all_reduce(sums)
+        stop, save, masked_everywhere, *figures = sums.tolist()
         self.stop_agreed, self.save_agreed, self._save_wanted = stop > 0, save > 0, False
-        return round(masked_everywhere / self.config.parallel.model_ranks)
+        masked = round(masked_everywhere / self.config.parallel.model_ranks)
+        return masked, tuple(figures[:ranks]), tuple(figures[ranks:])
+
+    @property
+    def writing_seconds(self) -> float | None:
+        """Age of the checkpoint that is being written in the background; None without one."""
+        return self._saver.seconds_so_far
 
     def save(self) -> None:
-        """Checkpoint the current step."""
+        """Checkpoint the current step; with `parallel.async_checkpoint`, begin to."""
         for callback in self._callbacks:
             callback.on_save(self)
         gather_parameters(self.models)
         started = time.perf_counter()
-        checkpoint.save(self.state, self.stage_dir, self.config.stage.checkpoint.keep)
+        self.timers(CHECKPOINT).start()
+        if self.config.parallel.async_checkpoint:
+            if self.writing_seconds is not None:
+                self.say("waits for the checkpoint before, which is still being written")
+            self._committed(self._saver.finish())
+            self._saver.start(self.state)
+        else:
+            checkpoint.save(self.state, self.stage_dir, self.config.stage.checkpoint.keep)
+        self.timers(CHECKPOINT).stop()
         seconds = time.perf_counter() - started
         for callback in self._callbacks:
             callback.on_saved(self, seconds)
+
+    def _before_commit(self) -> None:
+        for callback in self._callbacks:
+            callback.on_commit(self)
+
+    def _committed(self, saved: Saved | None) -> None:
+        if saved is not None:
+            for callback in self._callbacks:
+                callback.on_committed(self, saved.seconds)
 
     def _finish(self) -> None:
         if not self.ranks.reports:

@@ -12,6 +12,7 @@ from pipeline.callbacks.progress import Progress
 from pipeline.callbacks.reference_check import ReferenceCheck
 from pipeline.callbacks.stop_signals import StopSignals
 from pipeline.callbacks.tensorboard import TensorBoard
+from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.triggers import TriggerFiles
 from pipeline.callbacks.walltime import Walltime, stop_after
 
@@ -25,6 +26,7 @@ def standard_callbacks(trainer: Trainer, started: float) -> list[Callback]:
     `started` is when the process did, on the monotonic clock.
     """
     directory, stage = trainer.stage_dir, trainer.config.stage
+    throughput = Throughput(trainer.config)
     checks: list[Callback] = [ReferenceCheck()] if stage.objective == "dpo" else []
     return [
         *checks,
@@ -32,8 +34,8 @@ def standard_callbacks(trainer: Trainer, started: float) -> list[Callback]:
         StopSignals(),
         TriggerFiles(directory),
         Walltime(stop_after(), started),
-        MetricsFile(directory / "metrics.jsonl"),
-        TensorBoard(directory / "tensorboard"),
-        Progress(stage.log_every),
+        MetricsFile(directory / "metrics.jsonl", throughput),
+        TensorBoard(directory / "tensorboard", throughput),
+        Progress(stage.log_every, throughput),
         Checkpointing(stage.checkpoint.every),
     ]

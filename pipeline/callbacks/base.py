@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.step import StepResult
 
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one replica's share of a global batch asks of the model; padding excluded."""
+
+    tokens: int
+    attended: int  # pairs of tokens that causal attention looks at
+    targets: int  # tokens with a loss
+    tiles: int
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,8 @@ class BatchCounts:
     images: int
     tiles: int
     masked: int  # samples replaced because their bytes were bad
+    positions: int = 0  # tokens with padding
+    replicas: tuple[Work, ...] = ()  # the share of each
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,10 @@ class StepEvent:
     rates: list[float]  # learning rates that the step used, highest first
     seconds: float  # from the end of the step before, waiting for data included
     data_seconds: float  # of them, waiting for data
+    # `seconds` of this rank by kind (pipeline.timers.KINDS); empty where nobody measured.
+    split: Mapping[str, float] = field(default_factory=dict)
+    waits: tuple[float, ...] = ()  # data_seconds of every rank
+    memory: tuple[float, ...] = ()  # peak bytes of every rank so far (pipeline.memory)
 
 
 class Callback:

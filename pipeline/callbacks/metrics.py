@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pipeline.callbacks.base import Callback, StepEvent
+from pipeline.callbacks.throughput import Throughput
 from pipeline.files import write_atomically
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ def keep_steps_up_to(path: Path, step: int) -> None:
 class MetricsFile(Callback):
     """Appends to `metrics.jsonl`; flushed at every step, so that a kill loses at most a line."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, throughput: Throughput) -> None:
+        self.path, self._throughput = path, throughput
         self._file: TextIO | None = None
 
     def on_start(self, trainer: Trainer) -> None:
@@ -56,7 +57,7 @@ class MetricsFile(Callback):
             "tiles": event.counts.tiles,
             "masked": event.counts.masked,
             "seconds": round(event.seconds, 6),
-            "data_seconds": round(event.data_seconds, 6),
+            **self._throughput.figures(event).record(),
         }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from pipeline.callbacks.base import Callback, StepEvent
+from pipeline.callbacks.throughput import Throughput, speed
 
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
@@ -23,8 +24,8 @@ def duration(seconds: float) -> str:
 class Progress(Callback):
     """A line at the first and last step, every `log_every` steps, at most every `seconds`."""
 
-    def __init__(self, every: int, seconds: float = 5.0) -> None:
-        self.every, self.seconds = every, seconds
+    def __init__(self, every: int, throughput: Throughput, seconds: float = 5.0) -> None:
+        self.every, self.seconds, self._throughput = every, seconds, throughput
         self._last_line = 0.0
         self._step_seconds: float | None = None
 
@@ -51,6 +52,6 @@ class Progress(Callback):
         masked = f"  masked {event.counts.masked}" if event.counts.masked else ""
         trainer.say(
             f"step {event.step}/{trainer.total_steps}  {values}  |g| {event.result.grad_norm:.3f}  "
-            f"lr {event.rates[0]:.2e}  {event.counts.tokens / event.seconds:,.0f} tok/s{masked}  "
+            f"lr {event.rates[0]:.2e}  {speed(self._throughput.figures(event))}{masked}  "
             f"ETA {duration(left)}"
         )
