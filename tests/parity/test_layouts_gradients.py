@@ -53,6 +53,7 @@ CASES: dict[str, tuple] = {
     "DP2 overlapped": (ParallelConfig(2, overlap_grad_reduce=True), PACKED, 1),
     "PP2xVPP2": (ParallelConfig(2, pipeline=2, virtual_pipeline=2), PACKED, 1),
     "CP2": (ParallelConfig(2, context=2), PACKED, 1),
+    "CP2 unpacked": (ParallelConfig(2, context=2), UNPACKED, 1),  # some rows without images
     "CP2 recompute selective": (
         ParallelConfig(2, context=2, recompute="selective"),
         PACKED,
