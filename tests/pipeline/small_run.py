@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,8 +19,9 @@ from conf.schema import Config, SourceConfig
 from data_shards.build import build_dataset
 from data_shards.chat import ChatTokenizer
 from models.anyres import AnyresGeometry
+from pipeline.early_signals import SIGNALS
 from tests.data_shards import toys
-from tests.distributed import free_port
+from tests.distributed import free_port, run_ranks
 from tests.tools.small_backbones import OVERRIDES, write_backbones
 from tools import hf_import
 
@@ -94,6 +98,15 @@ class SmallRun:
         return Path(config.runs_dir) / config.run / config.stage.name
 
 
+def write_config(config: Config) -> Path:
+    """Write the stage's config.yaml, which its ranks read."""
+    directory = Path(config.runs_dir) / config.run / config.stage.name
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.yaml"
+    path.write_text(dump(config))
+    return path
+
+
 def start(
     config: Config, file_bytes: int | None = None, program: Sequence[str] = ("pipeline.train",)
 ) -> list[subprocess.Popen[str]]:
@@ -104,10 +117,7 @@ def start(
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
-    directory = Path(config.runs_dir) / config.run / config.stage.name
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.yaml"
-    path.write_text(dump(config))
+    path = write_config(config)
     world_size = config.parallel.world_size
     environment = {
         **os.environ,
@@ -144,6 +154,34 @@ def train(
     codes = [process.returncode for process in processes]
     assert codes[0] == expect, f"exit codes {codes}\n" + "\n".join(outputs)
     return outputs[0]
+
+
+def _train_rank(path: str) -> tuple[int, str]:
+    from conf.compose import load
+    from pipeline.train import run
+
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            return run(load(Path(path))), said.getvalue()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train_in_pool(config: Config, timeout: float = 120) -> str:
+    """Run the stage to its end as `train` does, in ranks that have torch imported already.
+
+    Returns rank 0's output.
+
+    Raises:
+        RankFailure: a rank raised or gave no answer within `timeout` seconds.
+    """
+    path = write_config(config)
+    answers = run_ranks(config.parallel.world_size, _train_rank, str(path), timeout=timeout)
+    assert [code for code, _ in answers] == [0] * config.parallel.world_size
+    return answers[0][1]
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:

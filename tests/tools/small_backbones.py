@@ -25,7 +25,7 @@ OVERRIDES = [
     "model.vision.layers=3",
     "model.text.hidden_size=32",
     "model.text.intermediate_size=40",
-    "model.text.layers=2",
+    "model.text.layers=4",
     "model.text.head_dim=8",
     "model.text.vocab_size=320",
     "model.text.max_positions=512",
@@ -85,7 +85,7 @@ def write_backbones(directory: Path) -> tuple[Path, Path, Path]:
     text_config = LlamaConfig(
         hidden_size=32,
         intermediate_size=40,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

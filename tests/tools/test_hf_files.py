@@ -47,7 +47,7 @@ def good_text() -> dict[str, Any]:
         "model_type": "llama",
         "hidden_size": 32,
         "intermediate_size": 40,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
