@@ -5,6 +5,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from conf.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from models.fp8 import require_fp8_layers
 from models.llava_next import LlavaNext
 from models.megatron_version import check_version, quiet_deprecations
 from models.transformer_configs import language_config, vision_config
@@ -34,7 +35,8 @@ def build_model(
 
     Raises:
         ValueError: the configuration cannot be built (ConfigError names the field), an
-            unsupported Megatron-core, or a GPU without Transformer Engine.
+            unsupported Megatron-core, a GPU without Transformer Engine, or FP8 that would be
+            BF16.
     """
     check_version()
     quiet_deprecations()
@@ -43,7 +45,7 @@ def build_model(
     layers = get_num_layers_to_build(
         config, vp_stage, parallel_state.get_pipeline_model_parallel_rank()
     )
-    return LlavaNext(
+    built = LlavaNext(
         model,
         config,
         vision_config(model, parallel, precision),
@@ -51,7 +53,10 @@ def build_model(
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
+        loss_chunk=parallel.loss_chunk,
     )
+    require_fp8_layers(built.language_model.decoder)
+    return built
 
 
 def build_chunks(

@@ -4,6 +4,11 @@ Transformer Engine where CUDA is available, Megatron's local layers where it is 
 the hardware, never by what happens to be installed (Transformer Engine imports without a GPU but
 cannot build a layer there). Both write the same checkpoint keys: the local layers' norms are saved
 under the names of Transformer Engine's fused ones (`sharded_state_dict_keys_map`).
+
+Rows are packed (`thd`) in the decoder only, where Megatron's `TEDotProductAttention` turns the
+mask `causal` into `padding_causal`, the one that Transformer Engine's packed attention takes. The
+vision encoder's tiles are equally long: it stays in `sbhd` without a mask, as Transformer Engine
+warns of packed backward passes for head sizes, like SigLIP's 72, that 16 does not divide.
 """
 
 from typing import Any
@@ -12,7 +17,10 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from models.packed_attention import PackedAttention
@@ -96,3 +104,17 @@ def block_spec(config: TransformerConfig, layers: int, causal: bool) -> Transfor
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(config, causal)] * layers, layer_norm=norm_class(config)
     )
+
+
+def fuse_gradient_accumulation(decoder: TransformerBlock) -> None:
+    """Have the layers' weight gradients added to DDP's `main_grad` by their matrix products.
+
+    Transformer Engine can; `TransformerConfig.gradient_accumulation_fusion` would also ask it of
+    the output layer, Megatron's own, which needs Apex for it. Call it on a decoder inside
+    `DistributedDataParallel`, which owns `main_grad`. Not for a module that runs twice in a
+    micro-batch (the vision tower may): the first micro-batch overwrites instead of adding. Local
+    layers are left alone.
+    """
+    for module in decoder.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True

@@ -8,22 +8,36 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from conf.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from conf.schema.errors import ConfigError
+from models import layer_specs
+from models.fp8 import fp8_settings
 from models.pipeline_layout import pipeline_settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _recompute(choice: str) -> dict[str, Any]:
-    if choice == "full":  # keep each layer's input only
+def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
+    """The decoder's. Only the `block` method leaves layers alone, and only `full` counts layers."""
+    if parallel.recompute == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(parallel.recompute_modules),
+        }
+    if parallel.recompute == "full" and parallel.recompute_layers is not None:
         return {
             "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
+            "recompute_method": "block",
+            "recompute_num_layers": parallel.recompute_layers,
         }
-    if choice == "selective":  # recompute the attention core only
-        return {"recompute_granularity": "selective"}
-    return {}
+    return _whole_layers() if parallel.recompute == "full" else {}
+
+
+def _whole_layers() -> dict[str, Any]:
+    """Every layer keeps its input only."""
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
 
 
 def _common(parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, Any]:
@@ -40,7 +54,6 @@ def _common(parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, A
         # keeps its part.
         "use_cpu_initialization": not torch.cuda.is_available(),
         "calculate_per_token_loss": True,
-        **_recompute(parallel.recompute),
     }
 
 
@@ -50,20 +63,12 @@ def language_config(
     """Llama decoder.
 
     Raises:
-        ConfigError: the pipeline split does not add up, or FP8 without a GPU (Megatron would run
-            in BF16 without a word).
+        ConfigError: the pipeline split does not add up, or this machine has no FP8 (Megatron
+            would train in BF16 without a word).
     """
     text = model.text
-    extra = pipeline_settings(model, parallel)
-    if precision.fp8_recipe is not None:
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"precision.fp8_recipe={precision.fp8_recipe} needs a GPU of compute capability "
-                "8.9 or more; set precision.fp8_recipe=null"
-            )
-        extra.update(fp8="hybrid", fp8_recipe=precision.fp8_recipe)
-        if precision.fp8_recipe == "delayed":
-            extra.update(fp8_amax_history_len=1024, fp8_amax_compute_algo="max")
+    extra = {**pipeline_settings(model, parallel), **fp8_settings(precision)}
+    fused = layer_specs.uses_transformer_engine()
     return TransformerConfig(
         num_layers=text.layers,
         hidden_size=text.hidden_size,
@@ -79,8 +84,10 @@ def language_config(
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        apply_rope_fusion=torch.cuda.is_available(),
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,  # SwiGLU in one kernel
         **extra,
+        **_recompute(parallel),
         **_common(parallel, precision),
     )
 
@@ -91,9 +98,14 @@ def vision_config(
     """SigLIP encoder, `model.vision.layers_used` layers.
 
     One pipeline stage, tokens whole on every rank, never FP8: 729 patches, and 4304 channels over
-    two ranks, are not multiples of 16.
+    two ranks, are not multiples of 16. Where the decoder recomputes, the tower does it with whole
+    layers, whatever the decoder's choice: its 27 tiles of a 16k row would keep 16 GB, and it is a
+    fiftieth of the work. A frozen tower has no backward pass, so nothing is computed again.
     """
     vision = model.vision
+    fused = layer_specs.uses_transformer_engine()
+    # Megatron's fused bias and GELU is the tanh approximation under the exact one's name.
+    gelu = F.gelu if fused else functools.partial(F.gelu, approximate="tanh")
     return TransformerConfig(
         num_layers=vision.layers_used,
         hidden_size=vision.hidden_size,
@@ -101,8 +113,11 @@ def vision_config(
         num_attention_heads=vision.heads,
         normalization="LayerNorm",
         layernorm_epsilon=vision.layer_norm_eps,
-        activation_func=functools.partial(F.gelu, approximate="tanh"),
+        activation_func=gelu,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,  # here there is a bias to add; the decoder has none
         add_bias_linear=True,
         add_qkv_bias=True,
+        **(_whole_layers() if parallel.recompute != "none" else {}),
         **_common(parallel, precision),
     )

@@ -10,6 +10,8 @@ from megatron.core.distributed import (
 
 from conf.schema import Config, ParallelConfig, PrecisionConfig
 from models.build import build_chunks
+from models.fp8 import ddp_settings
+from models.layer_specs import fuse_gradient_accumulation
 from models.llava_next import LlavaNext
 from pipeline.stages import trainable_modules
 
@@ -52,6 +54,7 @@ def wrap_chunks(
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=align_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        **ddp_settings(precision),
     )
     config = chunks[0].config
     # Later chunks' communication has the earlier ones' backward pass to hide behind.
@@ -59,6 +62,8 @@ def wrap_chunks(
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+    for chunk in chunks:
+        fuse_gradient_accumulation(chunk.language_model.decoder)
     several = len(models) > 1
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
