@@ -134,9 +134,10 @@ class StepTimers:
         """`clock` is the current GPU's where there is one, else the CPU's."""
         self._clock: Clock = clock or (CudaClock() if torch.cuda.is_available() else HostClock())
         self._timers: dict[str, NamedTimer] = {}
-        self._running: list[tuple[str, str]] = []  # (name, kind), innermost last
+        self._running: list[tuple[str, str, Any]] = []  # (name, kind, annotation), innermost last
         self._marks: list[tuple[str, Any]] = []  # (kind from then on, moment)
         self._counts = False
+        self.annotates = False  # name the timers in the trace of torch's profiler
 
     def __call__(self, name: str, log_level: int | None = None) -> NamedTimer:
         """Megatron's protocol; every level is timed."""
@@ -182,14 +183,20 @@ class StepTimers:
         if not self._counts:
             return
         kind = KIND_OF.get(name) or self._kind()
-        self._running.append((name, kind))
+        annotation = None
+        if self.annotates:
+            annotation = torch.profiler.record_function(name)
+            annotation.__enter__()
+        self._running.append((name, kind, annotation))
         self._mark()
 
     def leave(self, name: str) -> None:
         """A timer stops."""
         for place in reversed(range(len(self._running))):
             if self._running[place][0] == name:
-                del self._running[place]
+                annotation = self._running.pop(place)[2]
+                if annotation is not None:
+                    annotation.__exit__(None, None, None)
                 self._mark()
                 return
 
