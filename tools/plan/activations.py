@@ -10,6 +10,7 @@ from tools.plan.job import Job
 from tools.plan.weights import stage_parts
 
 ELEMENT = 2
+STATISTIC = 4  # FP32 mean or deviation of a norm
 SOFTMAX = 4  # FP32 log-sum-exp of each head and token
 
 
@@ -31,7 +32,8 @@ def decoder_layer_token_parts(job: Job, fp8: bool) -> dict[str, float]:
     keep = (1 if fp8 else ELEMENT) if job.learns_language else 0
     return {
         "inputs": 2 * ELEMENT * hidden,  # of the two norms: the residual stream
-        "norms": 2 * keep * hidden,  # of the two products after them
+        # Of the two products after them, and what the norms divided by.
+        "norms": 2 * (keep * hidden + STATISTIC / shared),
         "attention": ELEMENT * (2 * width + pair) + SOFTMAX * text.heads / tensor,
         "projection": 1.0 * width if fp8 and keep else 0.0,  # in BF16 attention's output serves
         "mlp": ELEMENT * up + keep * wide,
@@ -122,6 +124,16 @@ def logits(job: Job) -> float:
     )
 
 
+def encoder_layer_patch(job: Job) -> float:
+    """Bytes of one patch in one vision layer that trains: inputs and outputs of both norms (and
+    their statistics), queries, keys, values and output of the attention, MLP before and after the
+    GELU."""
+    model, tensor = job.model.vision, job.parallel.tensor
+    hidden, wide = model.hidden_size, model.intermediate_size / tensor
+    kept = ELEMENT * (4 * hidden + 4 * hidden / tensor + 2 * wide)
+    return kept + 4 * STATISTIC + SOFTMAX * model.heads / tensor
+
+
 def vision(job: Job) -> float:
     """Bytes of tower, connector and token embedding on the first stage."""
     if not job.has_vision:
@@ -130,8 +142,8 @@ def vision(job: Job) -> float:
     width = job.model.text.hidden_size
     share = -(-max(1, round(job.row.most_tiles)) // job.parallel.context)
     patches = share * model.grid**2
-    hidden, wide = model.hidden_size, model.intermediate_size / tensor
-    layer = ELEMENT * (4 * hidden + 4 * hidden / tensor + 2 * wide) + SOFTMAX * model.heads / tensor
+    hidden = model.hidden_size
+    layer = encoder_layer_patch(job)
     pixels = 11 * share * 3 * model.image_size**2  # uint8 -> int32 -> FP32 -> BF16
     learns = "vision" in job.trained
     full = job.parallel.recompute == "full" and learns
@@ -141,7 +153,9 @@ def vision(job: Job) -> float:
     whole = max(1, round(job.row.most_tiles)) * model.grid**2  # context ranks gather all
     table = ELEMENT * whole * width
     embedded = 3 * ELEMENT * job.local_tokens * width
-    in_flight = min(job.parallel.pipeline, job.micro_batches)
+    pipeline = job.parallel.pipeline  # interleaved, the first chunk starts 2p - 1 of them
+    most = pipeline if job.parallel.virtual_pipeline == 1 else 2 * pipeline - 1
+    in_flight = min(most, job.micro_batches)
     kept = tower + connector + table if job.trained & {"vision", "connector"} else 0.0
     passing = 0.0 if kept else tower + connector + table
     return pixels + embedded + kept * in_flight + passing

@@ -13,7 +13,7 @@ from conf.compose import DIRECTORY, options
 from conf.schema import Config, ParallelConfig
 from conf.schema.errors import ConfigError
 from models.pipeline_layout import chunk_layers
-from tools.plan.job import job_of
+from tools.plan.job import Job, job_of
 from tools.plan.memory import fit
 from tools.plan.predict import Prediction, predict
 from tools.plan.workload import Row
@@ -22,16 +22,10 @@ TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4, 8)
 VIRTUAL = (1, 2, 3)
 CONTEXT = (1, 2, 4)
-# How to recompute, from nothing to everything.
-RECOMPUTE: tuple[dict[str, Any], ...] = (
-    {"recompute": "none"},
-    {"recompute": "selective", "recompute_modules": ["mlp"]},
-    {"recompute": "full"},
-)
 
 
 def candidates(config: Config) -> Iterator[Config]:
-    """Layouts of as many GPUs that could run; not yet whether they fit."""
+    """Layouts of as many GPUs that could run, nothing recomputed; not yet whether they fit."""
     parallel = config.parallel
     precisions = [config.precision]
     if config.cluster.fp8 and config.precision.params == "bf16":
@@ -43,24 +37,47 @@ def candidates(config: Config) -> Iterator[Config]:
             continue
         if virtual > 1 and pipeline == 1:
             continue
-        for precision, again, packs in itertools.product(precisions, RECOMPUTE, (1, 2)):
-            layout = dataclasses.replace(
-                parallel,
-                tensor=tensor,
-                pipeline=pipeline,
-                virtual_pipeline=virtual,
-                context=context,
-                sequence_parallel=tensor > 1,
-                pipeline_layers=None,
-                recompute_layers=None,
-                **again,
-            )
+        layout = dataclasses.replace(
+            parallel,
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual_pipeline=virtual,
+            context=context,
+            sequence_parallel=tensor > 1,
+            pipeline_layers=None,
+            recompute="none",
+            recompute_layers=None,
+        )
+        for precision, packs in itertools.product(precisions, (1, 2)):
             yield dataclasses.replace(
                 config,
                 parallel=layout,
                 precision=precision,
                 stage=dataclasses.replace(config.stage, micro_batch_size=packs),
             )
+
+
+def recomputing(job: Job) -> list[ParallelConfig]:
+    """How little recomputation lets the stage fit: nothing; else the MLPs, if that is enough, and
+    the fewest whole layers."""
+    if fit(job).fits:
+        return [job.parallel]
+    full = dataclasses.replace(job.parallel, recompute="full")
+    if not fit(dataclasses.replace(job, parallel=full)).fits:
+        return []
+    found = []
+    mlp = dataclasses.replace(job.parallel, recompute="selective", recompute_modules=["mlp"])
+    if fit(dataclasses.replace(job, parallel=mlp)).fits:
+        found.append(mlp)
+    low, high = 1, max(job.layers)
+    while low < high:
+        middle = (low + high) // 2
+        fewer = dataclasses.replace(full, recompute_layers=middle)
+        if fit(dataclasses.replace(job, parallel=fewer)).fits:
+            high = middle
+        else:
+            low = middle + 1
+    return [*found, dataclasses.replace(full, recompute_layers=high)]
 
 
 def runs(config: Config) -> bool:
@@ -73,7 +90,7 @@ def runs(config: Config) -> bool:
 
 
 def ranked(config: Config, settings: Mapping[str, float], row: Row, most: int) -> list[Prediction]:
-    """The fastest layouts that fit and run, best first."""
+    """The fastest layouts that fit and run, best first; at least half keep the precision."""
     found = []
     splits: dict[tuple[int, int], tuple[int, ...] | None] = {}
     for candidate in candidates(config):
@@ -86,10 +103,15 @@ def ranked(config: Config, settings: Mapping[str, float], row: Row, most: int) -
             continue
         job = job_of(candidate, row, split)
         # Memory refuses most, and is quickly known.
-        if job.micro_batches and fit(job).fits and runs(candidate):
-            found.append(predict(candidate, settings, row, job))
+        for layout in recomputing(job) if job.micro_batches else []:
+            fitting = dataclasses.replace(candidate, parallel=layout)
+            if runs(fitting):
+                job = dataclasses.replace(job, parallel=layout)
+                found.append(predict(fitting, settings, row, job))
     found.sort(key=lambda prediction: -prediction.step.tokens_per_gpu)
-    return found[:most]
+    kept = [one for one in found if one.config.precision == config.precision][: (most + 1) // 2]
+    others = [one for one in found if not any(one is keeper for keeper in kept)]
+    return sorted([*kept, *others[: most - len(kept)]], key=lambda one: -one.step.tokens_per_gpu)
 
 
 def _split(config: Config) -> tuple[int, ...] | None:

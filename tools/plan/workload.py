@@ -61,17 +61,27 @@ class Row:
         )
 
 
-# Assumed where there is no manifest; tokens of a document, its share of visual tokens, of targets,
-# documents that share one set of tiles, imbalance, and samples of the stage.
+@dataclass(frozen=True)
+class _Assumed:
+    """Of a stage without manifests; none of it is published."""
+
+    image: tuple[int, int]  # height and width, pixels
+    text: int  # tokens beside each image
+    visual: float  # share of the tokens that are image tokens
+    targets: float  # share of the tokens with a loss
+    shared: int  # documents that share one set of tiles
+    imbalance: float  # attention and vision of the slowest replica beside the mean
+    samples: int  # of the stage; 0: not known
+
+
 _ASSUMED = {
-    # One photograph of 4:3, cut into 12 tiles and the whole, and a caption.
-    1: {"visual": 0.97, "targets": 0.02, "shared": 1, "imbalance": 1.05, "samples": 500_000},
-    # A mix of photographs, documents and text: some 3000 tokens each.
-    2: {"visual": 0.75, "targets": 0.15, "shared": 1, "imbalance": 1.15, "samples": 0},
+    # Photographs of a megapixel with a caption (PD12M's are that large or larger).
+    1: _Assumed((768, 1024), 80, 0.98, 0.02, 1, 1.05, 500_000),  # 500k pairs: published
+    # Photographs, documents, charts and 15 % text.
+    2: _Assumed((640, 800), 500, 0.75, 0.15, 1, 1.15, 0),
     # Both answers to the same pictures. 100K to 1M pairs are published; their geometric mean.
-    3: {"visual": 0.85, "targets": 0.10, "shared": 2, "imbalance": 1.15, "samples": 316_000},
+    3: _Assumed((640, 800), 500, 0.80, 0.12, 2, 1.15, 316_000),
 }
-_DOCUMENT = {1: 1.0, 2: 0.40, 3: 0.40}  # of the largest image's tokens
 
 
 def row_of(config: Config, settings: Mapping[str, float] | None = None) -> Row:
@@ -88,39 +98,32 @@ def row_of(config: Config, settings: Mapping[str, float] | None = None) -> Row:
     return _override(row, config, given)
 
 
-def tokens_of_a_tile(config: Config) -> float:
-    """Image tokens that a tile gives on average: unpadding takes some, newlines give some."""
-    grid = AnyresGeometry.from_model(config.model).grid
-    return 0.98 * grid * grid
-
-
 def _assumed(config: Config) -> Row:
-    stage = config.stage
-    facts = _ASSUMED[stage.number]
-    largest = AnyresGeometry.from_model(config.model).max_tokens()
-    document = min(_DOCUMENT[stage.number] * largest, stage.sequence_length)
-    copies = facts["shared"]
+    stage, facts = config.stage, _ASSUMED[config.stage.number]
+    geometry = AnyresGeometry.from_model(config.model)
+    image = geometry.n_tokens(*facts.image)
+    document = min(float(image + facts.text), stage.sequence_length / facts.shared)
+    sample = facts.shared * document
     if not stage.packing:
-        fill = min(1.0, copies * document / stage.sequence_length)
-    elif copies * document > stage.sequence_length / 2:  # one sample a pack
-        fill = copies * document / stage.sequence_length
-    elif copies * document > stage.sequence_length / 4:  # a few large ones
-        fill = LOOSE_FILL
+        fill = sample / stage.sequence_length
+    elif sample > stage.sequence_length / 2:  # one sample a pack
+        fill = sample / stage.sequence_length
     else:
-        fill = FILL
+        fill = LOOSE_FILL if sample > stage.sequence_length / 4 else FILL
     real = min(fill, 1.0) * stage.sequence_length
-    tiles = real * facts["visual"] / tokens_of_a_tile(config) / copies
+    tiles = real * facts.visual / facts.shared / image * geometry.n_tiles(*facts.image)
     most = float(stage.max_tiles_per_pack or 1.35 * tiles)
+    height, width = facts.image
     return Row(
         tokens=stage.sequence_length,
         real=real,
         document=document,
-        targets=facts["targets"] * real,
+        targets=facts.targets * real,
         tiles=min(tiles, most),
         most_tiles=most,
-        samples=max(1.0, real / (copies * document)),
-        imbalance=facts["imbalance"],
-        source="assumed (no manifest): ",
+        samples=max(1.0, real / sample),
+        imbalance=facts.imbalance,
+        source=f"assumed, no manifest (images of {height} x {width}): ",
     )
 
 
@@ -189,4 +192,4 @@ def row_samples(config: Config) -> float:
         from tools.plan.manifest_row import count_samples
 
         return float(count_samples(paths))
-    return float(_ASSUMED[stage.number]["samples"])
+    return float(_ASSUMED[stage.number].samples)
