@@ -14,17 +14,17 @@ from models.hf_state import from_hf
 from models.vision_tower import pixel_table
 
 
-def tiny_model() -> ModelConfig:
-    """Four vision layers (three used), four decoder layers, grouped queries, odd widths."""
+def tiny_model(layers: int = 4, heads: int = 4, kv_heads: int = 2) -> ModelConfig:
+    """Four vision layers (three used), decoder layers with grouped queries, odd widths."""
     return ModelConfig(
         name="tiny-test",
         vision=VisionConfig(32, 48, 4, 4, image_size=32, patch_size=8),
         text=TextConfig(
             hidden_size=64,
             intermediate_size=112,
-            layers=4,
-            heads=4,
-            kv_heads=2,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
             head_dim=24,
             vocab_size=96,
             max_positions=512,

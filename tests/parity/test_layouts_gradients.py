@@ -1,12 +1,8 @@
-"""One global batch, one loss, one set of gradients: every layout against transformers 4.57.6.
+"""One global batch, one loss, one set of gradients: every way to cut it on up to four ranks.
 
-The reference is the mean over the batch's target tokens, each document run alone through
-transformers, differentiated by torch. Stated tolerances: loss 1e-5 absolute; every gradient tensor
-2e-5 of its norm in relative norm (float32; sums of some thousand terms taken in another order), and
-no element farther off than 1e-5 of the largest gradient.
+More ranks and combinations: test_layout_matrix.py. Reference and tolerances: gradients.py.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,19 +10,10 @@ import torch
 
 from conf.schema import ParallelConfig
 from tests.distributed import run_ranks
-from tests.models.tiny import (
-    Document,
-    documents,
-    hf_gradients,
-    hf_loss,
-    hf_twin,
-    megatron_state,
-    micro_batch,
-    tiny_model,
-)
+from tests.models.tiny import micro_batch, tiny_model
+from tests.parity.gradients import LENGTH, Reference, assert_same_gradients, merged
 from tests.parity.layouts import gradients_worker
 
-LENGTH = 256
 PACKED = [[0, 1], [2, 3, 4], [5], [6, 7]]
 UNPACKED = [[number] for number in range(8)]
 
@@ -85,69 +72,19 @@ CASES: dict[str, tuple] = {
 
 
 @pytest.fixture(scope="module")
-def reference() -> tuple:
-    model = tiny_model()
-    twin = hf_twin(model)
-    docs = documents(model)
-    loss = hf_loss(twin, docs)
-    loss.backward()
-    return model, megatron_state(twin, model), docs, float(loss), hf_gradients(twin, model)
-
-
-def merged(answers: Sequence[tuple]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of the last stages' ranks; the stages' gradients together, ranks agreeing."""
-    gradients: dict[str, torch.Tensor] = {}
-    for _, some in answers:
-        for name, gradient in some.items():
-            known = gradients.setdefault(name, gradient)
-            assert torch.allclose(known, gradient, rtol=0, atol=1e-7), f"ranks disagree on {name}"
-    return [loss for loss, _ in answers if loss is not None], gradients
-
-
-def batches(model: object, docs: list[Document], packs: list, size: int) -> list[dict]:
-    rows = [[docs[number] for number in pack] for pack in packs]
-    return [
-        micro_batch(model, rows[first : first + size], LENGTH)  # type: ignore[arg-type]
-        for first in range(0, len(rows), size)
-    ]
+def reference() -> Reference:
+    return Reference.of(tiny_model())
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_loss_and_gradients(case: str, reference: tuple) -> None:
-    model, state, docs, expected_loss, expected = reference
+def test_same_loss_and_gradients(case: str, reference: Reference) -> None:
     parallel, packs, size = CASES[case]
-    answers = run_ranks(
-        parallel.world_size,
-        gradients_worker,
-        model,
-        parallel,
-        state,
-        batches(model, docs, packs, size),
-    )
-    losses, gradients = merged(answers)
-    # never trained, hence outside DDP: the last vision layer and the norm after it
-    unused = {n for n in expected if n.startswith(("vision_tower.unused", "vision_tower.post"))}
-    assert unused and set(gradients) == set(expected) - unused
-    assert all(not expected[name].any() for name in unused)
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    loss_error = max(abs(loss - expected_loss) for loss in losses)
-    error = max(float((gradients[n] - expected[n]).abs().max()) for n in gradients)
-    relative = {
-        n: float((gradients[n] - expected[n]).norm() / expected[n].norm()) for n in gradients
-    }
-    worst = max(relative, key=lambda name: relative[name])
-    print(
-        f"{case}: loss {losses[0]:.6f} off by {loss_error:.1e}; gradients off by {error:.1e} "
-        f"(largest {largest:.2f}); worst tensor {relative[worst]:.1e} {worst}"
-    )
-    assert loss_error < 1e-5
-    assert error < 1e-5 * largest
-    assert relative[worst] < 2e-5
+    assert_same_gradients(reference, parallel, packs, size)
 
 
-def test_text_only_replica_takes_part(reference: tuple) -> None:
+def test_text_only_replica_takes_part(reference: Reference) -> None:
     """One replica sees no image: the other's collectives must not wait, and zeros must add."""
-    model, state, docs, _, _ = reference
+    model, state, docs = reference.model, reference.state, reference.documents
     text = [d for d in docs if not d.sizes]
     images = [d for d in docs if d.sizes]
     packs = [[images[0]], [text[0]], [images[1]], [text[1]]]
@@ -178,22 +115,6 @@ STAGE_ONE = {
 
 
 @pytest.mark.parametrize("layout", STAGE_ONE.values(), ids=STAGE_ONE)
-def test_stage_one_trains_the_connector_only(layout: ParallelConfig, reference: tuple) -> None:
+def test_stage_one_trains_the_connector_only(layout: ParallelConfig, reference: Reference) -> None:
     """Both towers frozen (the second pipeline stage has nothing to train)."""
-    model, state, docs, _, expected = reference
-    answers = run_ranks(
-        layout.world_size,
-        gradients_worker,
-        model,
-        layout,
-        state,
-        batches(model, docs, PACKED, 1),
-        ["connector"],
-    )
-    _, gradients = merged(answers)
-    assert set(gradients) == {
-        "image_newline",
-        *(f"connector.linear_fc{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")),
-    }
-    for name, gradient in gradients.items():
-        assert float((gradient - expected[name]).norm() / expected[name].norm()) < 1e-4, name
+    assert_same_gradients(reference, layout, PACKED, trained=["connector"])
