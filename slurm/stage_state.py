@@ -35,6 +35,8 @@ class StageState:
     loss: float | None = None
     tokens_per_second: float | None = None
     step_seconds: float | None = None  # median
+    tflops_per_gpu: float | None = None  # model FLOPs a second, and their share of the GPU's peak
+    mfu: float | None = None
     saved_step: int | None = None
     saved_at: float | None = None
     last_sign: float | None = None  # when a step was last recorded
@@ -71,6 +73,8 @@ def read(stage_dir: Path) -> StageState:
         loss=_number(last.get("loss")),
         tokens_per_second=sum(line["tokens"] for line in lines) / seconds if seconds else None,
         step_seconds=statistics.median(times) if times else None,
+        tflops_per_gpu=_mean(lines, "tflops_per_gpu"),
+        mfu=_mean(lines, "mfu"),
         saved_step=saved[0] if saved else None,
         saved_at=saved[1] if saved else None,
         last_sign=_changed(metrics),
@@ -101,10 +105,19 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
             value = json.loads(line)
             kept = {name: value[name] for name in ("step", "seconds", "tokens")}
             if all(math.isfinite(number) for number in kept.values()):
-                found.append({**kept, "loss": value.get("loss")})
+                kept |= {name: value.get(name) for name in ("loss", "tflops_per_gpu", "mfu")}
+                found.append(kept)
         except (ValueError, KeyError, TypeError):
             continue
     return found[-LAST_STEPS:]
+
+
+def _mean(lines: list[dict[str, Any]], name: str) -> float | None:
+    """Mean over time, of the steps that tell it."""
+    told = [(line["seconds"], _number(line[name])) for line in lines if line["seconds"] > 0]
+    known = [(seconds, value) for seconds, value in told if value is not None]
+    total = sum(seconds for seconds, _ in known)
+    return sum(seconds * value for seconds, value in known) / total if total else None
 
 
 def _steps(settings: Mapping[str, Any], done: Mapping[str, Any] | None, log: Path) -> int | None:

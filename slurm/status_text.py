@@ -16,7 +16,7 @@ from slurm.run_state import RunState, StageSummary
 
 WIDTH = 100  # columns, where the terminal does not say
 _NARROWEST = 24  # of the last column
-_STAGES = ("stage", "state", "step", "loss", "tokens/s", "saved", "used", "left")
+_STAGES = ("stage", "state", "step", "loss", "tokens/s", "MFU", "saved", "used", "left")
 _JOBS = ("job", "id", "state", "nodes", "time", "")
 
 
@@ -123,6 +123,7 @@ def _stage_row(stage: StageSummary, now: float) -> tuple[str, ...]:
         f"{files.step}/{steps}",
         "" if files.loss is None else f"{files.loss:.4f}",
         "" if files.tokens_per_second is None else f"{files.tokens_per_second:,.0f}",
+        "" if files.mfu is None else f"{100 * files.mfu:.1f} %",
         saved,
         _amount(stage.hours_used),
         "?" if stage.hours_left is None else _amount(stage.hours_left),
@@ -273,8 +274,8 @@ def _stage_json(stage: StageSummary) -> dict[str, Any]:
         **{
             name: getattr(files, name)
             for name in (
-                "step", "steps", "loss", "tokens_per_second", "step_seconds", "saved_step",
-                "saved_at", "failure", "last_error", "log",
+                "step", "steps", "loss", "tokens_per_second", "step_seconds", "tflops_per_gpu",
+                "mfu", "saved_step", "saved_at", "failure", "last_error", "log",
             )
         },
         "triggers": list(files.triggers),

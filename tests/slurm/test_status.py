@@ -264,6 +264,26 @@ def test_damaged_files_do_not_stop_it(run: WatchedRun, programs: Programs) -> No
         assert "stage1  done" in status(run.words)
 
 
+def test_how_much_of_the_gpus_is_used(run: WatchedRun, programs: Programs) -> None:
+    """Steps of 1 s and 3 s; what an older run did not record is left out."""
+    programs.answers("squeue", out=queued_run(run))
+    assert "MFU" not in status(run.words)
+    lines = [{"step": 1, "tokens": 10, "seconds": 2.0}]
+    for step, seconds, mfu in ((2, 1.0, 0.2), (3, 3.0, 0.4)):
+        speed = {"tflops_per_gpu": 1000 * mfu, "mfu": mfu}
+        lines.append({"step": step, "tokens": 10, "seconds": seconds, **speed})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run.root / "stage2" / "metrics.jsonl").write_text(text)
+    told = status(run.words)
+    assert "MFU" in told and "35.0 %" in told
+    assert max(map(len, told.splitlines()[1:])) <= 100, told
+    stage = said_json(run)["stages"][1]
+    assert (stage["mfu"], stage["tflops_per_gpu"]) == (pytest.approx(0.35), pytest.approx(350))
+    no_peak = json.dumps({**lines[-1], "mfu": None, "tflops_per_gpu": "x"})
+    (run.root / "stage2" / "metrics.jsonl").write_text(no_peak + "\n")
+    assert said_json(run)["stages"][1]["mfu"] is None
+
+
 def test_segments_that_only_wait_for_each_other_are_one_line(
     run: WatchedRun, programs: Programs
 ) -> None:
