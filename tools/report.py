@@ -17,6 +17,7 @@ from conf.schema import Config
 from pipeline.files import write_atomically, write_json
 from tools.command import run, split_arguments
 from tools.phases import RECORD
+from tools.report_speed import speed_facts
 
 STAGES = ("stage1", "stage2", "stage3")
 PT_PT = "style"  # kind of the pairs that say the same in pt-PT and in pt-BR
@@ -81,6 +82,7 @@ def stage_facts(stage: Path) -> dict[str, Any]:
         "tokens": tokens,
         "step_seconds": round(seconds, 1),
         "tokens_per_second": round(tokens / seconds) if seconds else 0,
+        "speed": speed_facts(records),
     }
 
 

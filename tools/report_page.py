@@ -14,6 +14,7 @@ from tools.questions import Question, read_questions
 from tools.report import STAGES, read_metrics, read_optional
 from tools.report_charts import COLOURS, Line, bar_chart, line_chart, smooth
 from tools.report_pictures import data_url, tiles_drawing
+from tools.report_speed import figures, split
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 NAMES = {
@@ -50,6 +51,11 @@ def render(directory: Path, report: dict[str, Any]) -> str:
         charts=score_charts(report),
         examples=examples(held_out),
         tiles=tiles(directory, held_out),
+        speeds={
+            stage: {"figures": figures(fact["speed"]), "split": split(fact["speed"])}
+            for stage, fact in report["stages"].items()
+            if fact["speed"]
+        },
         timings=timings(report["seconds"]),
     )
 

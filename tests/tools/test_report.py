@@ -16,9 +16,23 @@ from tools import report
 from tools.command import run
 from tools.questions import chance, exact_match, read_questions
 from tools.report_charts import Line, bar_chart, line_chart, smooth, ticks
+from tools.report_speed import speed_facts
 
 SIZES = ((50, 33), (200, 31), (20, 90), (64, 64))
 EVIL = "<script>alert(1)</script>"
+SPEED: dict[str, Any] = {
+    "tokens_per_second": 200.0,
+    "images_per_second": 6.0,
+    "tflops_per_gpu": 412.0,
+    "mfu": 0.417,
+    "effective_tokens": 0.8,
+    "imbalance": {"attention": 1.2, "tiles": 1.5, "flops": 1.1},
+    "peak_memory_gib": 55.5,
+    "seconds_forward": 0.1,
+    "seconds_backward": 0.25,
+    "seconds_communication": 0.05,
+    "seconds_other": 0.1,
+}
 
 
 def write_run(directory: Path, evaluated: bool = True) -> None:
@@ -32,6 +46,8 @@ def write_run(directory: Path, evaluated: bool = True) -> None:
             record: dict[str, Any] = {"step": step, "loss": 2 / step, "grad_norm": 1.0, "lr": 1e-3}
             counts = {"tokens": 100, "samples": 4, "images": 3, "tiles": 9, "masked": 0}
             record.update(counts, seconds=0.5)
+            if number > 1:  # stage 1 is from before these were recorded
+                record.update(SPEED)
             if number == 3:
                 record.update(accuracy=0.9, chosen_reward=0.1, rejected_reward=-0.2)
             lines.append(json.dumps(record))
@@ -104,6 +120,11 @@ def test_json_has_the_promised_figures(finished: Path) -> None:
     assert found["hf"]["same_greedy_answers"] is True
     assert found["seconds"] == {"data": 2.0, "stage1": 30.0, "stage2": 100.0, "all": 132.0}
     assert found["stages"]["stage1"]["tokens_per_second"] == 200
+    assert found["stages"]["stage1"]["speed"] == {}
+    speed = found["stages"]["stage2"]["speed"]
+    assert speed["mfu"] == pytest.approx(0.417) and speed["effective_tokens"] == pytest.approx(0.8)
+    assert speed["shares"]["backward"] == pytest.approx(0.5)
+    assert sum(speed["shares"].values()) == pytest.approx(1)
     assert found["stages"]["stage1"]["steps"] == 20, "the line cut by a kill is left out"
     assert "TP 2" in found["stages"]["stage2"]["layout"]
     assert found["environment"] == {"python": "3.11.7", "commit": "abc", "torch": "2.13.0"}
@@ -132,6 +153,27 @@ def test_page_is_self_contained_and_escaped(finished: Path) -> None:
     assert page.count("data:image/png") >= len(SIZES)
     assert "Que algarismos vês?" in page and "Vejo nove." in page
     assert "not met" in page and "abc" in page
+
+
+def test_the_page_shows_the_speed_of_stages_that_recorded_it(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    section = page.split("<h2>Speed</h2>")[1].split("<h2>")[0]
+    assert section.count("<h3>") == 2
+    for text in ("412 TFLOP/s", "41.7 %", "80.0 %", "55.5 GiB", "backward 50.0 %"):
+        assert text in section
+    assert "checkpoint" not in section, "what took no time"
+
+
+def test_speed_is_totals_over_totals() -> None:
+    slow = {**SPEED, "tokens": 100, "seconds": 3.0, "mfu": None, "tokens_per_second": 100 / 3}
+    fast = {**SPEED, "tokens": 300, "seconds": 1.0, "tokens_per_second": 300.0}
+    fast["effective_tokens"] = 0.5
+    old = {"tokens": 10**6, "seconds": 1.0}
+    found = speed_facts([slow, fast, old])
+    assert found["tokens_per_second"] == pytest.approx(400 / 4)
+    assert found["mfu"] == 0.417, "of the steps that tell it"
+    assert found["effective_tokens"] == pytest.approx(400 / (125 + 600))
+    assert speed_facts([old]) == speed_facts([]) == {}
 
 
 def test_a_run_without_scores_has_curves(tmp_path: Path) -> None:
