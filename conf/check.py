@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from conf.alignment import document_multiple, ranks_of_row
 from conf.check_cluster import cluster_reasons, unnamed
 from conf.check_fp8 import fp8_reasons
+from conf.check_memory import memory_reasons
 from conf.hardware import Hardware
 from conf.schema import Config
 from conf.schema.errors import ConfigError, refuse
@@ -265,6 +266,7 @@ RULES: tuple[Rule, ...] = (
     _mix,
     _head_dim,
     fp8_reasons,
+    memory_reasons,
     _place,
     _cluster,
 )

@@ -29,7 +29,7 @@ class ParallelConfig:
     # Activations computed again in the backward pass: none; the `recompute_modules` of each layer
     # (selective); whole layers (full), all of a stage's or its first `recompute_layers`.
     recompute: str = "none"
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    recompute_modules: list[str] = field(default_factory=lambda: ["mlp"])
     recompute_layers: Optional[int] = None
     # Adam's two moments and the master weights' remainders; bf16 needs Transformer Engine.
     optimizer_states: str = "fp32"

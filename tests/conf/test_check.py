@@ -21,7 +21,7 @@ def refused(*overrides: str, hardware: Hardware | None = None) -> str:
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
 def test_the_presets_can_run(stage: str) -> None:
     for parallel in options("parallel"):
-        if not parallel.startswith(("h100", "a100")):
+        if not parallel.startswith(("h100", "a100", "h200")):
             check(compose([f"stage={stage}", f"parallel={parallel}"]))
         check(compose([f"stage={stage}", f"parallel={parallel}", *REAL]))
     for model in ("amalia_vl_9b", "amalia_vl_9b_patch14"):
