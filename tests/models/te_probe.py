@@ -53,26 +53,29 @@ def gpu_of(capability: tuple[int, int]) -> Iterator[None]:
 
     cached = (quantization.check_fp8_support, quantization.check_fp8_block_scaling_support)
     state = quantization.FP8GlobalStateManager
-    for check in cached:
-        check.cache_clear()
     with (
         mock.patch.object(quantization, "get_device_compute_capability", lambda: capability),
         mock.patch.object(state, "fp8_available", None),
         mock.patch.object(state, "fp8_block_scaling_available", None),
     ):
-        yield
-    for check in cached:
-        check.cache_clear()
+        for check in cached:
+            check.cache_clear()
+        try:
+            yield
+        finally:
+            for check in cached:
+                check.cache_clear()
 
 
-def build(model: Any, precision: Any, te: bool, device: str = "cpu") -> Any:
-    """The whole network on one rank, of Transformer Engine's layers or of local ones."""
+def build(model: Any, precision: Any, te: bool, device: str = "cpu", parallel: Any = None) -> Any:
+    """This rank's part of the network, of Transformer Engine's layers or of local ones."""
     from conf.schema import ParallelConfig
     from models import layer_specs
-    from models.build import build_model
+    from models.build import build_chunks
 
     with placed(device), mock.patch.object(layer_specs, "uses_transformer_engine", lambda: te):
-        return build_model(model, ParallelConfig(), precision, pre_process=True, post_process=True)
+        (network,) = build_chunks(model, parallel or ParallelConfig(), precision)
+        return network
 
 
 def metadata() -> dict[str, Any]:
@@ -135,16 +138,17 @@ def load(network: Any, directory: Path, needed: bool = False) -> None:
     network.load_state_dict(loaded)
 
 
-def values(network: Any) -> dict[str, torch.Tensor]:
-    """Parameters under the local layers' names."""
+def local_name(name: str) -> str:
+    """Transformer Engine's name of a parameter -> the local layers'."""
     from models.hf_state import FUSED_NORMS
 
-    named = {}
-    for name, parameter in network.named_parameters():
-        for local, fused in FUSED_NORMS.items():
-            name = name.replace(fused, local)
-        named[name] = parameter.detach()
-    return named
+    for local, fused in FUSED_NORMS.items():
+        name = name.replace(fused, local)
+    return name
+
+
+def values(network: Any) -> dict[str, torch.Tensor]:
+    return {local_name(name): p.detach() for name, p in network.named_parameters()}
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -380,6 +384,59 @@ def report(folder: Path) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def rank_of(parallel: Any, rank: int) -> Iterator[None]:
+    """Megatron's groups as that rank of a job sees them; the others do not exist."""
+    from megatron.core import parallel_state, tensor_parallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        context_parallel_size=parallel.context,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    with mock.patch.object(torch.cuda, "Stream", mock.Mock()):
+        yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def summed_over_tensor_ranks(network: Any) -> list[str]:
+    """Parameters whose gradients `finalize_model_grads` adds up, by the local layers' names."""
+    marked = {id(p) for p in network.parameters() if getattr(p, "sequence_parallel", False)}
+    named = network.named_parameters()
+    return sorted(local_name(name) for name, p in named if id(p) in marked)
+
+
+def split_over_ranks() -> dict[str, list]:
+    """What both kinds of layers would save on some ranks of larger jobs."""
+    from conf.schema import ParallelConfig, PrecisionConfig
+    from tests.models.tiny import tiny_model
+
+    bf16, found = PrecisionConfig(params="bf16"), {}
+    fp8 = PrecisionConfig(params="bf16", fp8_recipe="blockwise")
+    for rank, parallel in (
+        (1, ParallelConfig(4, tensor=4, sequence_parallel=True)),
+        (6, ParallelConfig(8, tensor=2, pipeline=2, context=2, sequence_parallel=True)),
+    ):
+        with rank_of(parallel, rank):
+            found[f"{rank} of {parallel.world_size}"] = [
+                tensors(build(real_shapes(4), precision, te, "meta", parallel))
+                for te, precision in ((True, fp8), (False, bf16))
+            ]
+    # Not on `meta`: Transformer Engine marks its norms when it gives them numbers.
+    parallel = ParallelConfig(2, tensor=2, sequence_parallel=True)
+    with rank_of(parallel, 1):
+        found["marks"] = [
+            summed_over_tensor_ranks(build(tiny_model(), bf16, te, parallel=parallel))
+            for te in (True, False)
+        ]
+    return found
+
+
 def main() -> None:
     from megatron.core import parallel_state, tensor_parallel
 
@@ -395,9 +452,10 @@ def main() -> None:
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     found = {"transformer_engine": transformer_engine.__version__, **report(folder)}
-    (folder / "report.json").write_text(json.dumps(found, indent=1))
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    found["ranks"] = split_over_ranks()
+    (folder / "report.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,19 @@ def test_checkpoints_hold_the_same_tensors(report: dict[str, Any]) -> None:
         assert report["real"][recipe] == report["real"]["local"], recipe
 
 
+def test_ranks_of_larger_jobs_hold_the_same_tensors_too(report: dict[str, Any]) -> None:
+    for rank in ("1 of 4", "6 of 8"):  # TP 4; TP 2, PP 2, CP 2 (the last stage has no embedding)
+        te, local = report["ranks"][rank]
+        assert te == local and te, rank
+    assert len(report["ranks"]["6 of 8"][0]) < len(report["ranks"]["1 of 4"][0])
+
+
+def test_the_same_gradients_are_summed_over_tensor_parallel_ranks(report: dict[str, Any]) -> None:
+    """With sequence parallelism each rank sees a part of the tokens that the norms see."""
+    te, local = report["ranks"]["marks"]
+    assert te == local and len(local) == 2 * 4 + 1  # two norms a layer, and the last
+
+
 def test_a_checkpoint_loads_into_the_other_kind(report: dict[str, Any]) -> None:
     assert report["local_into_te"] and report["te_into_local"] and report["delayed_into_local"]
 
