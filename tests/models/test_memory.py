@@ -172,7 +172,13 @@ def products_worker(
         built = build_loaded(model, parallel, state)
         built.freeze(trainable)
         matrices = {tuple(p.shape) for p in built.language_model.parameters() if p.dim() == 2}
+        layer, seen = built.language_model.output_layer, Products()
+        layer.register_forward_pre_hook(lambda *_: seen.__enter__() and None)
+        layer.register_forward_hook(lambda *_: seen.__exit__(None, None, None))
         losses = built(**batch)
+        rows = [height for height, width in seen.shapes if width == model.text.vocab_size]
+        assert sum(rows) == int(batch["loss_mask_T"].sum())
+        assert parallel.loss_chunk == 0 or max(rows) == parallel.loss_chunk < sum(rows)
         with Products() as seen:
             losses.sum().backward()
         like_weights = sum(s in matrices or s[::-1] in matrices for s in seen.shapes)
