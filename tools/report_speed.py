@@ -45,15 +45,15 @@ def figures(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     shown = [
         (f"{facts['tokens_per_second']:,.0f}", "tokens a second"),
         (f"{facts['images_per_second']:,.1f}", "pictures a second"),
-        (rate, "of the model, a rank"),
+        (rate, "model FLOPs a rank"),
     ]
     if facts["mfu"] is not None:
-        shown.append((f"{100 * facts['mfu']:.1f} %", "of the GPU's BF16 peak (MFU)"))
+        shown.append((f"{100 * facts['mfu']:.1f} %", "MFU (BF16 peak)"))
     if facts["effective_tokens"] is not None:
-        shown.append((f"{100 * facts['effective_tokens']:.1f} %", "of the tokens are no padding"))
+        shown.append((f"{100 * facts['effective_tokens']:.1f} %", "of tokens no padding"))
     if facts["imbalance"] is not None:
-        shown.append((f"{facts['imbalance']:.2f}", "heaviest replica over the mean one"))
-    shown.append((f"{facts['peak_memory_gib']:.1f} GiB", "most memory of a rank"))
+        shown.append((f"{facts['imbalance']:.2f}", "replica imbalance"))
+    shown.append((f"{facts['peak_memory_gib']:.1f} GiB", "peak memory of a rank"))
     return shown
 
 

@@ -118,7 +118,7 @@ def test_unknown_module() -> None:
 
 def megatron_training_flops(model: ModelConfig, length: int) -> float:
     """`num_floating_point_operations` of Megatron-LM (megatron/training/training.py, dense
-    transformer), one sequence: the formula behind its TFLOP/s. (Releases before 2025 count both
+    transformer), one sequence: the formula behind its TFLOP/s. (Older releases count both
     halves of the attention matrix.)"""
     text = model.text
     query_to_hidden = text.heads * text.head_dim / text.hidden_size
