@@ -145,6 +145,12 @@ class StepTimers:
             self._timers[name] = NamedTimer(self, name)
         return self._timers[name]
 
+    @property
+    def running(self) -> str:
+        """Name of the innermost timer that runs, "" where none does; other threads may ask."""
+        innermost = self._running[-1:]
+        return innermost[0][0] if innermost else ""
+
     def attach(self, models: Sequence[torch.nn.Module], optimizer: Any) -> None:
         """Let Megatron's schedules and optimizers call these timers.
 

@@ -184,6 +184,8 @@ class Trainer:
             raise
         finally:
             self._saver.abandon()
+            for callback in callbacks:
+                callback.on_exit()
         for callback in callbacks:
             callback.on_end(self)
         if code == 0:

@@ -88,6 +88,9 @@ class ClusterConfig:
     # What a job asks for.
     hours: float = 24.0  # walltime of one segment
     stop_minutes: float = 10.0  # before its end: save and stop
+    # Without a step for so long, or five times the slowest step: a hang, which ends the job with
+    # every rank's stacks; 0 never. A save may take three times as long.
+    hang_minutes: float = 10.0
     spare_segments: int = 1  # beyond those that the stage is expected to need
     restarts: int = 2  # times that a failed segment starts its ranks again in the same job
     exclusive: bool = True
@@ -162,6 +165,6 @@ class ClusterConfig:
                 f"cluster.stop_minutes={self.stop_minutes} leaves too little of cluster.hours="
                 f"{self.hours} to train in; it must be less than half"
             )
-        for name in ("spare_segments", "restarts", "confirm_gpu_hours"):
+        for name in ("hang_minutes", "spare_segments", "restarts", "confirm_gpu_hours"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"cluster.{name}={getattr(self, name)}: it must not be negative")

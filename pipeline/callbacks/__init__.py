@@ -15,6 +15,7 @@ from pipeline.callbacks.tensorboard import TensorBoard
 from pipeline.callbacks.throughput import Throughput
 from pipeline.callbacks.triggers import TriggerFiles
 from pipeline.callbacks.walltime import Walltime, stop_after
+from pipeline.callbacks.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from pipeline.trainer import Trainer
@@ -34,6 +35,7 @@ def standard_callbacks(trainer: Trainer, started: float) -> list[Callback]:
         StopSignals(),
         TriggerFiles(directory),
         Walltime(stop_after(), started),
+        Watchdog(directory, 60 * trainer.config.cluster.hang_minutes),
         MetricsFile(directory / "metrics.jsonl", throughput),
         TensorBoard(directory / "tensorboard", throughput),
         Progress(stage.log_every, throughput),

@@ -72,5 +72,8 @@ class Callback:
     def on_committed(self, trainer: Trainer, seconds: float) -> None:
         """After it has; `seconds` since its save began. Only with `parallel.async_checkpoint`."""
 
+    def on_exit(self) -> None:
+        """When the steps are over, also by a failure; before `on_end`."""
+
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of this process, whether the stage is done or was stopped."""
