@@ -73,8 +73,10 @@ class VisionTower(MegatronModule):
 
     def forward(self, tiles_NCHW: Tensor) -> Tensor:
         """uint8 [N, 3, side, side] -> [g*g, N, H] in the parameters' dtype."""
-        pixels_NCHW = F.embedding(tiles_NCHW.int(), self.pixel_table[:, None]).squeeze(-1)
-        patches_NHgg = self.patch_embedding(pixels_NCHW.to(self.patch_embedding.weight.dtype))
+        # the table is rounded, not the pixels: no float32 copy of them
+        values = self.pixel_table.to(self.patch_embedding.weight.dtype)[:, None]
+        pixels_NCHW = F.embedding(tiles_NCHW.int(), values).squeeze(-1)
+        patches_NHgg = self.patch_embedding(pixels_NCHW)
         hidden_PNH = patches_NHgg.flatten(2).permute(2, 0, 1) + self.position_embedding[:, None]
         return self.encoder(hidden_PNH.contiguous(), attention_mask=None)
 
