@@ -13,12 +13,10 @@ from conf.schema import Config
 from conf.schema.errors import ConfigError
 from models.pipeline_layout import chunk_layers
 
-# Megatron's other names (moe_act, moe, shared_experts, mla_up_proj) are of layers we do not have.
-MODULES = ("core_attn", "layernorm", "mlp")
-USELESS_ON_GPUS = {
-    "core_attn": "fused attention keeps no scores, so nothing is saved",
-    "layernorm": "Transformer Engine's norms are part of the matrix products, so nothing happens",
-}
+# Megatron's other names are of layers we do not have (moe_act, moe, shared_experts, mla_up_proj),
+# but for `layernorm`: it needs Transformer Engine, whose norms are part of the matrix products and
+# are therefore left alone (transformer_layer.py sees an IdentityOp).
+MODULES = ("core_attn", "mlp")
 
 
 def memory_reasons(config: Config, hardware: Hardware | None) -> Iterator[str]:
@@ -43,11 +41,11 @@ def _recompute(config: Config, on_gpus: bool) -> Iterator[str]:
                     f"parallel.recompute_modules names {name!r}, which is none of "
                     f"{', '.join(MODULES)}; take it out"
                 )
-            elif on_gpus and name in USELESS_ON_GPUS:
+            elif on_gpus and name == "core_attn":
                 yield (
-                    f"parallel.recompute_modules names {name!r}, but on a GPU "
-                    f"{USELESS_ON_GPUS[name]}; use [mlp], or parallel.recompute=full with "
-                    "parallel.recompute_layers"
+                    "parallel.recompute_modules names 'core_attn', but fused attention, as on a "
+                    "GPU, keeps no scores, so nothing is saved; use [mlp], or "
+                    "parallel.recompute=full with parallel.recompute_layers"
                 )
     if parallel.recompute_layers is None:
         return
