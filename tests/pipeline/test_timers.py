@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,24 @@ def test_cuda_events_are_recorded_once_and_used_again(monkeypatch: pytest.Monkey
     waits = sum(event.calls.count("synchronize") for event in made)
     assert waits == 3, "once a step"
     assert len(made) <= 2 * (2 * 4 + 1)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_stream_is_timed_not_the_host() -> None:
+    import torch
+
+    weights = torch.randn(4096, 4096, device="cuda")
+    timers = StepTimers()
+    timers.begin()
+    began = time.perf_counter()
+    with timers("forward-compute"):
+        for _ in range(50):
+            weights @ weights
+    queued = time.perf_counter() - began
+    seconds = timers.end()
+    whole = time.perf_counter() - began
+    assert queued < seconds["forward"] <= whole * 1.05
+    assert sum(seconds.values()) == pytest.approx(whole, rel=0.2)
 
 
 def test_configs_of_models_and_optimizers_are_found(timers: StepTimers) -> None:
