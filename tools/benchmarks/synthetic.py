@@ -35,18 +35,16 @@ class Mixture:
     pairs: bool = False
 
 
-def packed_row(
-    model: ModelConfig, length: int, mixture: Mixture, seed: int, multiple: int = 8
-) -> PackedBatch:
-    """One pack of `length` tokens; only what is less than `multiple` of a document stays empty.
+def row_documents(
+    model: ModelConfig, length: int, mixture: Mixture, multiple: int = 8
+) -> list[tuple[int, tuple[int, int] | None]]:
+    """(tokens, size of the picture or None) of each document of a row, a pair counting once.
 
     Raises:
         ValueError: not even one document fits.
     """
-    geometry = AnyresGeometry.from_model(model)
-    draw, sides = np.random.default_rng(seed), 2 if mixture.pairs else 1
-    pad = 0
-    documents: list[tuple[int, tuple[int, int] | None]] = []  # (tokens, picture)
+    geometry, sides = AnyresGeometry.from_model(model), 2 if mixture.pairs else 1
+    documents: list[tuple[int, tuple[int, int] | None]] = []
     used = 0
     for size in mixture.images:
         tokens = geometry.n_tokens(*size) + mixture.text
@@ -63,23 +61,37 @@ def packed_row(
         number += 1
     if not documents:
         raise ValueError(f"no document fits a row of {length} tokens")
+    return documents
+
+
+def packed_row(
+    model: ModelConfig, length: int, mixture: Mixture, seed: int, multiple: int = 8
+) -> PackedBatch:
+    """One pack of `length` tokens; only what is less than `multiple` of a document stays empty.
+
+    Raises:
+        ValueError: not even one document fits.
+    """
+    geometry = AnyresGeometry.from_model(model)
+    draw, sides, pad = np.random.default_rng(seed), 2 if mixture.pairs else 1, 0
+    documents = row_documents(model, length, mixture, multiple)
     n_tiles = max(sum(geometry.n_tiles(*size) for _, size in documents if size), 1)
     per_tile, side = geometry.grid**2, geometry.tile
     tokens_T, labels_T = np.full(length, pad, np.int64), np.zeros(length, np.int64)
     loss_mask_T = np.zeros(length, np.float32)
     ends, pairs, positions, rows = [0], [], [], []
     first_tile = 0
-    for tokens, size in documents:
+    for tokens, picture in documents:
         if mixture.pairs:
             pairs.append((len(ends) - 1, len(ends)))
         for _ in range(sides):
             start = ends[-1]
             ids = draw.integers(1, min(model.image_token_id, model.text.vocab_size - 1), tokens)
             target = draw.random(tokens) < mixture.target_share
-            if size is not None:
-                image = geometry.n_tokens(*size)
+            if picture is not None:
+                image = geometry.n_tokens(*picture)
                 ids[:image], target[: image + 1] = model.image_token_id, False
-                table = geometry.feature_rows(*size)
+                table = geometry.feature_rows(*picture)
                 rows.append(
                     np.where(table == NEWLINE, n_tiles * per_tile, table + first_tile * per_tile)
                 )
@@ -89,8 +101,8 @@ def packed_row(
             loss_mask_T[start : start + tokens - 1] = target[1:]
             labels_T[start : start + tokens - 1] = np.where(target[1:], ids[1:], 0)
             ends.append(start + -(-tokens // multiple) * multiple)
-        if size is not None:
-            first_tile += geometry.n_tiles(*size)
+        if picture is not None:
+            first_tile += geometry.n_tiles(*picture)
     if ends[-1] < length:
         ends.append(length)
     cu_seqlens, empty = np.array(ends, np.int32), np.empty(0, np.int64)
