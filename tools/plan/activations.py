@@ -146,7 +146,7 @@ def vision(job: Job) -> float:
     layer = encoder_layer_patch(job)
     pixels = 11 * share * 3 * model.image_size**2  # uint8 -> int32 -> FP32 -> BF16
     learns = "vision" in job.trained
-    full = job.parallel.recompute == "full" and learns
+    full = job.parallel.recompute != "none" and learns  # models/transformer_configs.py
     layers = model.layers_used if learns else 2
     tower = patches * (layers * ELEMENT * hidden + layer if full else layers * layer)
     connector = ELEMENT * patches * (hidden + 2 * width / tensor + 2 * width)

@@ -14,8 +14,9 @@ from conf.schema import Config, ParallelConfig
 from conf.schema.errors import ConfigError
 from models.pipeline_layout import chunk_layers
 from tools.plan.job import Job, job_of
-from tools.plan.memory import fit
+from tools.plan.memory import fits
 from tools.plan.predict import Prediction, predict
+from tools.plan.step import step
 from tools.plan.workload import Row
 
 TENSOR = (1, 2, 4, 8)
@@ -60,20 +61,20 @@ def candidates(config: Config) -> Iterator[Config]:
 def recomputing(job: Job) -> list[ParallelConfig]:
     """How little recomputation lets the stage fit: nothing; else the MLPs, if that is enough, and
     the fewest whole layers."""
-    if fit(job).fits:
+    if fits(job):
         return [job.parallel]
     full = dataclasses.replace(job.parallel, recompute="full")
-    if not fit(dataclasses.replace(job, parallel=full)).fits:
+    if not fits(dataclasses.replace(job, parallel=full)):
         return []
     found = []
     mlp = dataclasses.replace(job.parallel, recompute="selective", recompute_modules=["mlp"])
-    if fit(dataclasses.replace(job, parallel=mlp)).fits:
+    if fits(dataclasses.replace(job, parallel=mlp)):
         found.append(mlp)
     low, high = 1, max(job.layers)
     while low < high:
         middle = (low + high) // 2
         fewer = dataclasses.replace(full, recompute_layers=middle)
-        if fit(dataclasses.replace(job, parallel=fewer)).fits:
+        if fits(dataclasses.replace(job, parallel=fewer)):
             high = middle
         else:
             low = middle + 1
@@ -91,27 +92,33 @@ def runs(config: Config) -> bool:
 
 def ranked(config: Config, settings: Mapping[str, float], row: Row, most: int) -> list[Prediction]:
     """The fastest layouts that fit and run, best first; at least half keep the precision."""
-    found = []
+    found: list[tuple[float, Config, Job]] = []
     splits: dict[tuple[int, int], tuple[int, ...] | None] = {}
+    hopeless = None  # layout and precision that do not fit even with one pack at a time
     for candidate in candidates(config):
         parallel = candidate.parallel
         key = parallel.pipeline, parallel.virtual_pipeline
         if key not in splits:
             splits[key] = _split(candidate)
-        split = splits[key]
-        if split is None:
+        split, kind = splits[key], (parallel, candidate.precision)
+        if split is None or kind == hopeless:
             continue
         job = job_of(candidate, row, split)
         # Memory refuses most, and is quickly known.
-        for layout in recomputing(job) if job.micro_batches else []:
+        layouts = recomputing(job) if job.micro_batches else []
+        if not layouts:
+            hopeless = kind
+        for layout in layouts:
             fitting = dataclasses.replace(candidate, parallel=layout)
             if runs(fitting):
                 job = dataclasses.replace(job, parallel=layout)
-                found.append(predict(fitting, settings, row, job))
-    found.sort(key=lambda prediction: -prediction.step.tokens_per_gpu)
-    kept = [one for one in found if one.config.precision == config.precision][: (most + 1) // 2]
-    others = [one for one in found if not any(one is keeper for keeper in kept)]
-    return sorted([*kept, *others[: most - len(kept)]], key=lambda one: -one.step.tokens_per_gpu)
+                found.append((step(job).tokens_per_gpu, fitting, job))
+    found.sort(key=lambda entry: -entry[0])
+    same = [entry for entry in found if entry[1].precision == config.precision]
+    kept = same[: (most + 1) // 2]
+    others = [entry for entry in found if not any(entry is keeper for keeper in kept)]
+    best = sorted([*kept, *others[: most - len(kept)]], key=lambda entry: -entry[0])
+    return [predict(fitting, settings, row, job) for _, fitting, job in best]
 
 
 def _split(config: Config) -> tuple[int, ...] | None:

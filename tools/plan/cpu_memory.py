@@ -228,7 +228,7 @@ class Comparison:
 
 def compare() -> list[Comparison]:
     """Everything that can be counted without a GPU."""
-    return [*_states(), *_decoder(), _vision(), _logits()]
+    return [*_states(), *_decoder(), _recomputed(), _vision(), _logits()]
 
 
 def _states() -> list[Comparison]:
@@ -274,6 +274,19 @@ def _decoder() -> list[Comparison]:
             )
         )
     return found
+
+
+def _recomputed() -> Comparison:
+    configs = [
+        small_config(small_model(layers), "precision=bf16", "parallel.recompute=full")
+        for layers in (2, 4)
+    ]
+    less, more = (measure_saved(config) for config in configs)
+    return Comparison(
+        "a recomputed decoder layer, per token",
+        activations.kept_layer(job_of(configs[0]), fp8=False) / TOKENS,
+        (more - less) / 2 / TOKENS,
+    )
 
 
 def _vision() -> Comparison:

@@ -238,14 +238,17 @@ def head(job: Job) -> tuple[Seconds, Seconds]:
     )
 
 
-def vision(job: Job) -> tuple[Seconds, Seconds]:
-    """Tower, connector and token embedding of one micro-batch, forward and backward."""
+def vision(job: Job) -> tuple[Seconds, Seconds, Seconds]:
+    """Tower, connector and token embedding of one micro-batch: forward, backward, recomputed.
+
+    Where the decoder recomputes anything, the tower does so with whole layers.
+    """
     text, model, tensor, gpu = job.model.text, job.model.vision, job.parallel.tensor, job.gpu
     table = ELEMENT * job.local_tokens * text.hidden_size
     reduce = all_reduce_seconds(gpu, tensor_group(job), table)
     embed = Seconds(traffic=stream_seconds(gpu, 3 * table), tensor=reduce)
     if not job.has_vision:
-        return embed, embed if job.learns_language else Seconds()
+        return embed, embed if job.learns_language else Seconds(), Seconds()
     scale = job.row.imbalance if job.parallel.data > 1 else 1.0
     patches = max(1, job.tiles_here) * model.grid**2
     hidden, wide = model.hidden_size, model.intermediate_size / tensor
@@ -271,14 +274,17 @@ def vision(job: Job) -> tuple[Seconds, Seconds]:
     ]
     joined = all_reduce_seconds(gpu, tensor_group(job), ELEMENT * patches * text.hidden_size)
     pixels = stream_seconds(gpu, 24 * patches * 3 * model.patch_size**2)
-    ahead = Seconds(_forward(job, shapes, False), attend[0], moved, comm[0]) * number + Seconds(
+    tower = Seconds(_forward(job, shapes, False), attend[0], moved, comm[0]) * number
+    ahead = tower + Seconds(
         products=_forward(job, first + join, False), traffic=pixels, tensor=joined
     )
-    back = Seconds()
+    back = again = Seconds()
     if "vision" in job.trained:
+        again = tower if job.parallel.recompute != "none" else again
         back += (
             Seconds(_backward(job, shapes, False, True), attend[1], 1.5 * moved, comm[1]) * number
         )
     if job.trained & {"vision", "connector"}:
         back += Seconds(products=_backward(job, join, False, "connector" in job.trained))
-    return embed + ahead * scale, (embed if job.gradients_pass else Seconds()) + back * scale
+    embedded = embed if job.gradients_pass else Seconds()
+    return embed + ahead * scale, embedded + back * scale, again * scale

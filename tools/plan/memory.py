@@ -126,8 +126,21 @@ class Fit:
         return self.memory.total / self.usable
 
 
+def usable_bytes(job: Job) -> float:
+    """What a job can allocate on its GPU."""
+    return job.gpu.memory_gib * GIB * USABLE
+
+
+def fits(job: Job) -> bool:
+    """`fit(job).fits`, sooner where it does not."""
+    most = usable_bytes(job) * (1 - HEADROOM)
+    last = job.parallel.pipeline - 1
+    order = dict.fromkeys((0, last, *range(1, last)))
+    return all(stage_memory(job, stage).total <= most for stage in order)
+
+
 def fit(job: Job) -> Fit:
     """The pipeline stage that needs most."""
     sizes = [stage_memory(job, stage) for stage in range(job.parallel.pipeline)]
     worst = max(range(len(sizes)), key=lambda stage: sizes[stage].total)
-    return Fit(worst, sizes[worst], job.gpu.memory_gib * GIB * USABLE)
+    return Fit(worst, sizes[worst], usable_bytes(job))

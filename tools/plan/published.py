@@ -3,6 +3,7 @@
 python -m tools.plan.published [out=docs/benchmarks] [memory=false]
 """
 
+import dataclasses
 import json
 import math
 import statistics
@@ -11,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.schema import PrecisionConfig
 from conf.schema.errors import ConfigError
 from data_shards.durable import replacing
 from slurm.request import boolean
 from tools.benchmarks.machine import facts
 from tools.command import run, split_arguments
 from tools.plan.efficiency import SUSTAINED
+from tools.plan.memory import GIB, stage_memory
 from tools.plan.published_later import LATER
 from tools.plan.published_rows import ROWS, Published, job_of
 from tools.plan.published_stages import amalia_rows
@@ -101,6 +104,24 @@ def _shares(found: Step) -> dict[str, float]:
     return {name: round(part / found.seconds, 3) for name, part in parts.items() if part}
 
 
+def _sharded_states() -> dict[str, Any]:
+    """What 128 instead of 8 GPUs save torchtitan's 8B: weights, gradients and moments in FP32."""
+    held = []
+    for name in ("torchtitan 8B compiled, 8 H100", "torchtitan 8B compiled, 128 H100"):
+        row = next(row for row in ROWS if row.name == name)
+        job = dataclasses.replace(job_of(row), precision=PrecisionConfig(params="fp32"))
+        one = stage_memory(job, 0)
+        held.append(one.weights + one.gradients + one.optimizer)
+    predicted, measured = held[0] - held[1], (77.0 - 62.0) * GIB
+    return {
+        "name": "torchtitan 8B: saved by 128 instead of 8 GPUs",
+        "predicted": predicted,
+        "measured": measured,
+        "error": predicted / measured - 1,
+        "remark": "77.0 and 62.0 GiB published; FP32 weights, gradients and moments, sharded",
+    }
+
+
 def _memory() -> list[dict[str, Any]]:
     import warnings
 
@@ -116,7 +137,7 @@ def _memory() -> list[dict[str, Any]]:
             "remark": one.remark,
         }
         for one in compare()
-    ]
+    ] + [_sharded_states()]
 
 
 def _speed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -209,7 +230,8 @@ def page(record: Mapping[str, Any]) -> list[str]:
             "optimizer's state of real Megatron objects, and what autograd keeps "
             "(`torch.autograd.graph.saved_tensors_hooks`, each storage once, parameters left out). "
             "A layer's bytes are the difference of two depths. CUDA's allocator, NCCL and "
-            "Transformer Engine's own workspaces cannot be seen here: not measured.",
+            "Transformer Engine's own workspaces cannot be seen here: not measured. The last row: "
+            "torchtitan's, at real size.",
             "",
             "| | predicted | counted | error | |",
             "|---|--:|--:|--:|---|",

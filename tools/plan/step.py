@@ -100,8 +100,8 @@ def _stages(job: Job) -> list[_Stage]:
         again = layers.recomputed(job, plain, count) * share
         again += layers.recomputed(job, quick, count) * (1 - share)
         if number == 0:
-            ahead, back = layers.vision(job)
-            forward, backward = forward + ahead, backward + back
+            ahead, back, repeated = layers.vision(job)
+            forward, backward, again = forward + ahead, backward + back, again + repeated
         if number == pipeline - 1:
             ahead, back = layers.head(job)
             forward, backward = forward + ahead, backward + back
