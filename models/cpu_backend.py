@@ -95,6 +95,18 @@ def _use_cpu_random_states() -> None:
     )
 
 
+def fill_adamw_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state of torch's AdamW before its first step, of which a checkpoint asks the shapes."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not optimizer.state[param]:
+                optimizer.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+
+
 def _fix_torch_adamw_in_distributed_optimizer() -> None:
     """Three faults of `DistributedOptimizer` with torch's AdamW, which it uses without TE or Apex.
 
@@ -125,14 +137,7 @@ def _fix_torch_adamw_in_distributed_optimizer() -> None:
 
     def sharded_with_states(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("is_loading") or (len(args) > 1 and args[1]):
-            for group in self.optimizer.param_groups:
-                for param in group["params"]:
-                    if not self.optimizer.state[param]:
-                        self.optimizer.state[param] = {
-                            "step": torch.tensor(0.0),
-                            "exp_avg": torch.zeros_like(param),
-                            "exp_avg_sq": torch.zeros_like(param),
-                        }
+            fill_adamw_state(self.optimizer)
         return sharded_state_dict(self, *args, **kwargs)
 
     target._set_main_param_and_optimizer_states = set_states_but_step

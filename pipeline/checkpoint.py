@@ -13,10 +13,12 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from models import extra_state
 from models.llava_next import LlavaNext
 from models.megatron_version import ASYNC_SAVE
 from pipeline.checkpoint_files import (
@@ -31,6 +33,7 @@ from pipeline.checkpoint_files import (
 )
 from pipeline.early_signals import signals_held
 from pipeline.manifest import CheckpointError, Manifest, read_manifest, verify_files
+from pipeline.optimizer_state import load_optimizer, sharded_optimizer
 from pipeline.rng import rng_state, set_rng_state
 from pipeline.safe_pickle import check_metadata
 
@@ -60,15 +63,21 @@ class TrainingState:
             f"chunk{number}": model.sharded_state_dict(metadata=metadata)
             for number, model in enumerate(self.models)
         }
+        for model, chunk in zip(self.models, chunks.values(), strict=True):
+            # A predecessor's is never read: it is pickled.
+            if self.optimizer is None or not extra_state.is_needed(model.config):
+                extra_state.leave_out(chunk)
         state: dict[str, Any] = {"model": chunks}
         if self.optimizer is not None and self.schedule is not None:
-            state["optimizer"] = self.optimizer.sharded_state_dict(
-                state["model"], is_loading=loading, metadata=metadata
+            state["optimizer"] = sharded_optimizer(
+                self.optimizer, state["model"], loading, metadata
             )
             state["schedule"] = self.schedule.state_dict()
         if with_rng:
             rank, size = dist.get_rank(), dist.get_world_size()
             state["rng"] = ShardedObject("rng", rng_state(), (size,), (rank,), replica_id=0)
+        if not loading:  # last: the optimizer finds its parameters by identity
+            force_all_tensors_to_non_fp8(state)
         return state
 
     def manifest(self) -> Manifest:
@@ -142,12 +151,19 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
-def load_model(models: Sequence[LlavaNext], directory: Path) -> Manifest:
-    """Weights only, from any layout: how a stage begins. Verified first."""
-    manifest = verify(directory)
+def load_model(models: Sequence[LlavaNext], directory: Path) -> dict[str, Any]:
+    """Weights only, from any layout: how a stage begins. Verified first.
+
+    Returns:
+        The weights as read, in the form that an optimizer's `reload_model_params` takes: FP8
+        models have rounded theirs.
+    """
+    verify(directory)
     state = TrainingState(models, None, None, {}, "", "", "")
-    _load_into(state, directory, with_rng=False)
-    return manifest
+    chunks = _load_into(state, directory, with_rng=False)["model"]
+    if len(models) == 1:
+        return {"model": chunks["chunk0"]}
+    return {f"model{number}": chunks[f"chunk{number}"] for number in range(len(models))}
 
 
 def load(state: TrainingState, directory: Path, manifest: Manifest) -> None:
@@ -166,9 +182,9 @@ def load(state: TrainingState, directory: Path, manifest: Manifest) -> None:
     state.step, state.samples = manifest.step, manifest.samples
 
 
-def _load_into(state: TrainingState, directory: Path, with_rng: bool) -> None:
+def _load_into(state: TrainingState, directory: Path, with_rng: bool) -> dict[str, Any]:
     try:
-        loaded = dist_checkpointing.load(
+        loaded: dict[str, Any] = dist_checkpointing.load(
             state.sharded(loading=True, with_rng=with_rng), str(directory)
         )
     except (KeyError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
@@ -178,13 +194,16 @@ def _load_into(state: TrainingState, directory: Path, with_rng: bool) -> None:
             "configuration it was trained with"
         ) from error
     for number, model in enumerate(state.models):
-        model.load_state_dict(loaded["model"][f"chunk{number}"])
+        weights = loaded["model"][f"chunk{number}"]
+        extra_state.fill_in(model, weights)
+        model.load_state_dict(weights)
     if state.optimizer is not None and state.schedule is not None:
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(state.optimizer, loaded["optimizer"])
         state.schedule.load_state_dict(loaded["schedule"])
     if with_rng:
         rng = loaded["rng"]
         set_rng_state(rng[0] if isinstance(rng, list) else rng)
+    return loaded
 
 
 def newest_good(stage_dir: Path) -> tuple[Path, Manifest, list[str]] | None:
