@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipeline import checkpoint
@@ -90,6 +91,7 @@ class AsyncSaver:
             # Helpers that begin now (Megatron's queue server, the writer and its children) never
             # see the signals that Slurm sends to every process of a task.
             with signals_held():
+                _forget_results()
                 request = checkpoint.write_request(state, place.aside)
                 process, answers = _fork_writer(request)
         except (CheckpointException, OSError, RuntimeError) as error:
@@ -145,6 +147,13 @@ class AsyncSaver:
         self._before_commit()
         commit(place, replace(writing.manifest, files=files), self.keep)
         return Saved(place.step, place.final, time.perf_counter() - writing.started)
+
+
+def _forget_results() -> None:
+    """Megatron keeps one queue of results; those of a save that failed would be the next one's."""
+    results = filesystem_async._results_queue
+    while results is not None and not results.empty():
+        results.get_nowait()
 
 
 def _agreed_digests(writing: _Writing) -> Digests:
