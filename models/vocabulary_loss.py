@@ -163,24 +163,24 @@ def _scatter_rows(
 class _WeightGradient:
     """Sum of the chunks' gradients, added up in float32.
 
-    Megatron's gradient buffer (`main_grad`) takes all chunks but the last, which is returned, so
-    that autograd delivers one gradient per backward pass and the buffer's hook fires once.
+    Where Megatron's gradient buffer (`main_grad`) is float32 it takes all chunks but the last,
+    which is returned: autograd delivers one gradient per backward pass, as the buffer's hook wants.
     """
 
     def __init__(self, weight_VH: Tensor) -> None:
         self.weight_VH = weight_VH
-        self.last_VH: Tensor | None = None
         buffer = getattr(weight_VH, "main_grad", None)
-        self.buffer_VH = buffer if buffer is not None and buffer.dtype == torch.float32 else None
-        self.buffered = buffer is self.buffer_VH and buffer is not None
+        self.buffered = buffer is not None and buffer.dtype == torch.float32
+        self.sum_VH: Tensor | None = buffer if self.buffered else None
+        self.last_VH: Tensor | None = None
 
     def add(self, grad_CV: Tensor, hidden_CH: Tensor) -> None:
         """One chunk."""
         if self.last_VH is not None:
-            if self.buffer_VH is None:
-                self.buffer_VH = self.last_VH.float()
+            if self.sum_VH is None:
+                self.sum_VH = self.last_VH.float()
             else:
-                self.buffer_VH.add_(self.last_VH)
+                self.sum_VH.add_(self.last_VH)
             self.last_VH = None  # before the next is made
         self.last_VH = grad_CV.t() @ hidden_CH
 
@@ -188,9 +188,9 @@ class _WeightGradient:
         """What autograd still has to deliver."""
         if self.last_VH is None:
             return torch.zeros_like(self.weight_VH)
-        if self.buffered or self.buffer_VH is None:
+        if self.buffered or self.sum_VH is None:
             return self.last_VH
-        return self.buffer_VH.add_(self.last_VH).to(self.weight_VH.dtype)
+        return self.sum_VH.add_(self.last_VH).to(self.weight_VH.dtype)
 
 
 class OutputLayer(ColumnParallelLinear):

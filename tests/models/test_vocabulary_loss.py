@@ -75,7 +75,7 @@ def loss_worker(
     dtype: Any = torch.float32,
     masked: bool = True,
     frozen: bool = False,
-    buffer: bool = False,
+    buffer: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Losses, this rank's share of the hidden states' gradient, weight.grad, main_grad."""
     with megatron(parallel):
@@ -83,8 +83,8 @@ def loss_worker(
 
         layer = output_layer(parallel, given, chunk, dtype)
         layer.weight.requires_grad_(not frozen)
-        if buffer:
-            layer.weight.main_grad = torch.ones(layer.weight.shape)
+        if buffer is not None:
+            layer.weight.main_grad = torch.ones(layer.weight.shape, dtype=buffer)
         hidden = given["hidden"].to(dtype)
         if parallel.sequence_parallel:
             rank = parallel_state.get_tensor_model_parallel_rank()
@@ -103,8 +103,11 @@ TP1, TP2 = ParallelConfig(), ParallelConfig(2, tensor=2)
 TP2_SP = ParallelConfig(2, tensor=2, sequence_parallel=True)
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 7, 19, 4096])
-@pytest.mark.parametrize("parallel", [TP1, TP2, TP2_SP], ids=["TP1", "TP2", "TP2+SP"])
+@pytest.mark.parametrize(
+    ("parallel", "chunk"),
+    [(TP1, 0), (TP1, 1), (TP1, 19), (TP1, 4096), (TP2, 0), (TP2, 7), (TP2_SP, 0), (TP2_SP, 7)],
+    ids=["TP1", "TP1 by 1", "TP1 by 19", "TP1 by 4096", "TP2", "TP2 by 7", "TP2+SP", "TP2+SP by 7"],
+)
 def test_equals_cross_entropy(parallel: ParallelConfig, chunk: int) -> None:
     """With a mask and without, whatever each token's loss counts, ragged last chunk."""
     given = problem()
@@ -123,14 +126,20 @@ def test_equals_cross_entropy(parallel: ParallelConfig, chunk: int) -> None:
         assert float((found_weight - to_weight).abs().max()) < 1e-5 * float(to_weight.abs().max())
 
 
-@pytest.mark.parametrize("chunk", [0, 5])
-def test_gradients_are_added_to_megatrons_buffer(chunk: int) -> None:
-    """What the buffer holds already stays, and it and what autograd delivers are the whole."""
+@pytest.mark.parametrize(
+    ("chunk", "buffer", "untouched"),
+    [(0, torch.float32, True), (5, torch.float32, False), (5, torch.bfloat16, True)],
+)
+def test_gradients_are_added_to_megatrons_buffer(
+    chunk: int, buffer: torch.dtype, untouched: bool
+) -> None:
+    """What it holds already stays, and it and what autograd delivers are the whole; a BF16 buffer
+    is too coarse to add chunks up in."""
     given = problem()
-    ((_, _, grad, buffer),) = run_ranks(1, loss_worker, TP1, given, chunk, buffer=True)
-    assert torch.equal(buffer, torch.ones_like(buffer)) == (chunk == 0)
+    ((_, _, grad, held),) = run_ranks(1, loss_worker, TP1, given, chunk, buffer=buffer)
+    assert torch.equal(held, torch.ones_like(held)) == untouched
     to_weight = expected(given)[2]
-    assert float((buffer - 1 + grad - to_weight).abs().max()) < 1e-5 * float(to_weight.abs().max())
+    assert float((held - 1 + grad - to_weight).abs().max()) < 1e-5 * float(to_weight.abs().max())
 
 
 @pytest.mark.parametrize("parallel", [TP1, TP2_SP], ids=["TP1", "TP2+SP"])
