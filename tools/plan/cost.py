@@ -7,7 +7,6 @@ from pathlib import Path
 from conf.schema import Config
 from slurm.estimate import Estimate, estimate
 from tools.plan.job import Job
-from tools.plan.memory import STATES
 from tools.plan.step import Step
 from tools.plan.weights import model_count
 
@@ -51,9 +50,13 @@ class Cost:
 
 
 def disk_of(job: Job, config: Config) -> Disk:
-    """Weights of all modules, and master weights and moments of those that train."""
+    """Weights of all modules, and what the optimizer keeps of those that train.
+
+    Master weights and moments go into the files as FP32, whatever they are in memory; only an
+    optimizer of FP32 weights that is not distributed has no master weights of its own.
+    """
     everything, trained = model_count(job)
-    states = STATES[job.parallel.optimizer_states] if job.bytes_per_weight == 2 else 8
+    states = 12 if job.bytes_per_weight == 2 or job.parallel.distributed_optimizer else 8
     size = job.bytes_per_weight * everything + states * trained
     ranks = config.parallel.model_ranks if not trained else config.parallel.world_size
     keep = config.stage.checkpoint.keep

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,6 +183,23 @@ def measure_held(config: Config) -> Held:
         models[0].finish_grad_sync()
         optimizer.step()
         return held(models, optimizer)
+
+
+def measure_checkpoint(config: Config, folder: Path) -> list[Path]:
+    """Files of a checkpoint after one step, written below `folder`."""
+    from pipeline.checkpoint import TrainingState, save
+    from pipeline.optimizer import build_schedule
+
+    with one_process(config):
+        models, optimizer = build(config)
+        models[0].zero_grad_buffer()
+        models[0](**micro_batch(config.model)).sum().backward()
+        models[0].finish_grad_sync()
+        optimizer.step()
+        schedule = build_schedule(optimizer, config.stage, 10)
+        chunks = [model.module for model in models]
+        state = TrainingState(chunks, optimizer, schedule, {}, "", "", "", step=1)
+        return sorted(save(state, folder, keep=2).iterdir())
 
 
 def measure_saved(config: Config) -> int:

@@ -7,7 +7,9 @@ from typing import Any
 from conf.schema import Config
 from tools.plan.memory import GIB, HEADROOM
 from tools.plan.predict import Prediction
+from tools.plan.workload import row_samples
 
+WIDTH = 100
 DIFFERS = 0.25  # of the recipe's GPU-hours: worth a word
 
 
@@ -26,7 +28,7 @@ def recompute(config: Config) -> str:
     if parallel.recompute == "selective":
         return ",".join(parallel.recompute_modules)
     if parallel.recompute == "full" and parallel.recompute_layers is not None:
-        return f"full ({parallel.recompute_layers} layers)"
+        return f"full ({_count(parallel.recompute_layers, 'layer')})"
     return parallel.recompute
 
 
@@ -45,18 +47,18 @@ def stage_lines(found: Prediction) -> list[str]:
     of = f"{fit.memory.total / GIB:.1f} of {fit.usable / GIB:.1f} GiB"
     per_step = (
         f"{stage.global_batch_size} packs of {stage.sequence_length} a step, "
-        f"{found.job.micro_batches} micro-batches of a replica"
+        f"{found.job.micro_batches} micro-batches of a replica{_passes(found)}"
     )
     lines = [
         f"{stage.name}: {config.model.name}, {config.parallel.world_size} x "
         f"{cluster.gpu or 'GPU'} ({cluster.name})",
         f"  layout   {layout(config)}, {precision(config)}, recomputed: {recompute(config)}",
-        f"  data     {found.row.source}",
+        *_wrapped("  data     ", found.row.source, " "),
         f"           {per_step}",
         f"  memory   {of} ({fit.share:.0%}, {HEADROOM:.0%} kept free), pipeline stage "
         f"{fit.stage}: {verdict}",
-        *_wrapped("           ", parts),
-        f"  step     {step.seconds:.2f} s = {_times(found)}",
+        *_wrapped("           ", parts, "  "),
+        *_wrapped("  step     ", f"{step.seconds:.2f} s = {_times(found)}", " "),
         f"  speed    {step.tokens_per_gpu:,.0f} tokens/s/GPU, {step.tflops_per_gpu:,.0f} "
         f"TFLOP/s/GPU, MFU {found.mfu:.0%}",
         f"  cost     {cost.steps:,} steps, {cost.hours:,.1f} h, {cost.gpu_hours:,.0f} GPU-hours"
@@ -69,14 +71,24 @@ def stage_lines(found: Prediction) -> list[str]:
     return lines
 
 
-def _wrapped(indent: str, text: str, width: int = 100) -> list[str]:
-    lines, line = [], indent
-    for word in text.split("  "):
-        if len(line) + len(word) + 2 > width:
+def _wrapped(head: str, text: str, between: str) -> list[str]:
+    """Lines of at most WIDTH columns, `head` before the first, blanks before the others."""
+    lines, line = [], head
+    for word in text.split(between):
+        if len(line) + len(word) > WIDTH:
             lines.append(line.rstrip())
-            line = indent
-        line += f"{word}  "
+            line = " " * len(head)
+        line += f"{word}{between}"
     return [*lines, line.rstrip()]
+
+
+def _passes(found: Prediction) -> str:
+    """How often the stage sees each sample, where their number is known."""
+    samples = row_samples(found.config)
+    if not samples:
+        return ""
+    seen = found.cost.steps * found.config.stage.global_batch_size * found.row.samples
+    return f"; {seen / samples:.2g} x {samples:,.0f} samples"
 
 
 def _times(found: Prediction) -> str:
@@ -105,9 +117,13 @@ def _walltime(found: Prediction) -> str:
     segments = cost.segments
     measured = " (measured in this run)" if segments.measured else ""
     return (
-        f"; {segments.segments} segments of {cluster.hours:g} h{measured} "
+        f"; {_count(segments.segments, 'segment')} of {cluster.hours:g} h{measured} "
         f"+ {cluster.spare_segments} spare"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _rounded(hours: float) -> str:

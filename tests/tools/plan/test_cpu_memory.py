@@ -1,8 +1,19 @@
 """Predicted bytes are those of real Megatron objects on the CPU."""
 
+from pathlib import Path
+
 import pytest
 
-from tools.plan.cpu_memory import compare, measure_saved, saved_bytes, small_config, small_model
+from tools.plan.cost import disk_of
+from tools.plan.cpu_memory import (
+    compare,
+    job_of,
+    measure_checkpoint,
+    measure_saved,
+    saved_bytes,
+    small_config,
+    small_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +53,15 @@ def test_chunked_loss_keeps_no_logits() -> None:
     few = measure_saved(small_config(small_model(words=256), "precision=bf16", chunked))
     many = measure_saved(small_config(small_model(words=512), "precision=bf16", chunked))
     assert few == many
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_is_as_large_as_planned(precision: str, tmp_path: Path) -> None:
+    overrides = (f"precision={precision}", "parallel.distributed_optimizer=true")
+    config = small_config(small_model(words=2048), *overrides)
+    planned = disk_of(job_of(config), config)
+    files = measure_checkpoint(config, tmp_path)
+    assert len(files) == planned.files
+    # Beside the tensors: names, shapes and an archive's header of each, 3 kB for 200 of them.
+    written = sum(path.stat().st_size for path in files)
+    assert planned.checkpoint < written < planned.checkpoint + 200 * 4096
