@@ -106,7 +106,7 @@ def test_a_part_that_hangs_is_killed_and_the_next_runs(
         "    path.write_text(json.dumps(value))\n"
         "    time.sleep(60 if part == 'smoke' else 0.5)\n"
         "    if part == 'parity':\n"
-        "        sys.exit(7)\n"
+        "        sys.exit('no GPU today')\n"
         "    path.write_text(json.dumps({**value, 'status': 'ok'}))\n"
     )
     monkeypatch.setattr(command, "BUDGETS", {"smoke": 1.5, "parity": 30, "curve": 30})
@@ -121,7 +121,7 @@ def test_a_part_that_hangs_is_killed_and_the_next_runs(
     reports = [read_report(tmp_path / f"{part}.json", part) for part in parts]
     assert [report.status for report in reports] == [LATE, "failed", OK]
     assert reports[0].notes == ["smoke"], "what it had written before is lost"
-    assert "status 7" in reports[1].error
+    assert "status 1: no GPU today" in reports[1].error
 
 
 def test_failures_of_items_are_kept(tmp_path: Path) -> None:
@@ -168,5 +168,7 @@ def test_arguments_are_refused(words: list[str], wrong: str, tmp_path: Path) -> 
 
 
 def test_facts_are_written_beside(trial: tuple[Path, str]) -> None:
-    facts = json.loads((trial[0] / "facts.json").read_text())
+    results = json.loads((trial[0] / "results.json").read_text())
+    facts = results["facts"]
+    assert [part["status"] for part in results["parts"]] == [OK] * len(PARTS)
     assert {"date", "commit", "command", "hardware", "versions"} <= set(facts)

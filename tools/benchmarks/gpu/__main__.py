@@ -5,7 +5,8 @@
 
 `device=cpu shape=tiny` tries the script itself, with Megatron's local layers, in FP32 and BF16.
 The parts run in one child process. A part that takes too long is killed, and where the GPU is lost
-a new child goes on with the next; what was measured before stays in DIR/PART.json.
+a new child goes on with the next; what was measured before stays in DIR/PART.json. The end
+of it all is DIR/tables.md and DIR/results.json; warnings and tracebacks go to DIR/stderr.log.
 """
 
 import json
@@ -16,8 +17,11 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from data_shards.durable import replacing
 from tools.benchmarks import machine
 from tools.benchmarks.gpu.child import PARTS
 from tools.benchmarks.gpu.report import (
@@ -66,9 +70,14 @@ def run_child(
     budgets = {part: BUDGETS[part] for part in parts}
     command = [sys.executable, "-m", "tools.benchmarks.gpu.child", f"parts={','.join(parts)}"]
     command += [f"out={out}", f"budgets={json.dumps(budgets)}", f"end={end}", *words]
-    process = subprocess.Popen(
-        command, env=child_environment(device), cwd=machine.REPOSITORY, start_new_session=True
-    )
+    with open(out / "stderr.log", "a", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command,
+            env=child_environment(device),
+            cwd=machine.REPOSITORY,
+            stderr=errors,
+            start_new_session=True,
+        )
     current, since, killed = parts[0], time.monotonic(), False
     try:
         while process.poll() is None:
@@ -89,7 +98,8 @@ def run_child(
         report.status = LATE if killed else FAILED
         report.seconds = time.monotonic() - since
         if not killed:
-            report.error = f"the process ended with status {process.returncode}"
+            last = (out / "stderr.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
+            report.error = f"the process ended with status {process.returncode}: {''.join(last)}"
         report.path = out / f"{current}.json"
         report.write()
     return parts.index(current) + 1
@@ -99,8 +109,8 @@ def run_parts(
     out: Path, parts: Sequence[str], words: Sequence[str], end: float, device: str
 ) -> None:
     """All parts, with as many processes as it takes."""
-    for part in parts:
-        (out / f"{part}.json").unlink(missing_ok=True)
+    for name in (*(f"{part}.json" for part in parts), "stderr.log"):
+        (out / name).unlink(missing_ok=True)
     left = list(parts)
     while left and time.monotonic() < end:
         left = left[run_child(out, left, words, end, device) :]
@@ -140,9 +150,16 @@ def main(arguments: list[str]) -> None:
         f"{facts['hardware']}; {where}; `{facts['command']}`; "
         f"{time.monotonic() - started:.0f} s in all"
     )
-    text = as_text([read_report(out / f"{part}.json", part) for part in parts], header)
-    (out / "tables.md").write_text(text, encoding="utf-8")
-    (out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    reports = [read_report(out / f"{part}.json", part) for part in parts]
+    text = as_text(reports, header)
+    results: dict[str, Any] = {"device": device, "shape": shape, "facts": facts}
+    results["parts"] = [{**asdict(report), "path": ""} for report in reports]
+    for name, content in (
+        ("tables.md", text),
+        ("results.json", json.dumps(results, indent=1) + "\n"),
+    ):
+        with replacing(out / name) as file:
+            file.write(content.encode())
     print(text)
 
 
