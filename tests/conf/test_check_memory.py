@@ -14,7 +14,7 @@ BARE = Hardware(cuda=True, capability=(9, 0), transformer_engine=False)
 
 
 def test_recomputing_what_saves_nothing_on_a_gpu() -> None:
-    words = ["parallel.recompute=selective", "parallel.recompute_layers=null"]
+    words = ["parallel.recompute=selective"]
     scores = [*words, "parallel.recompute_modules=[core_attn]"]
     assert "fused attention" in refused(*STAGE2, *scores)
     assert "fused attention" in refused(*STAGE2, *scores, hardware=H100)

@@ -96,7 +96,7 @@ REAL = ["model=amalia_vl_9b", "data=amalia", "stage=stage2"]
 
 def test_the_cluster_chooses_layout_and_precision() -> None:
     config = compose(["cluster=mn5", *REAL])
-    assert (config.parallel.world_size, config.parallel.tensor) == (64, 2)
+    assert (config.parallel.world_size, config.parallel.tensor) == (64, 4)
     assert config.precision.params == "bf16"
     assert compose(["cluster=mn5", *REAL[:2], "stage=stage1"]).parallel.world_size == 8
     assert compose(["cluster=slurm"]).parallel.world_size == 2
@@ -106,7 +106,7 @@ def test_what_is_given_wins_over_the_clusters_choice() -> None:
     given = compose(["parallel=h100_128", "precision=fp8", "cluster=mn5", *REAL])
     assert (given.parallel.world_size, given.precision.fp8_recipe) == (128, "tensorwise")
     smaller = compose(["cluster=mn5", *REAL, "parallel.world_size=32", "precision.params=fp32"])
-    assert (smaller.parallel.world_size, smaller.parallel.tensor) == (32, 2)
+    assert (smaller.parallel.world_size, smaller.parallel.tensor) == (32, 4)
     assert smaller.precision.params == "fp32"
     several = compose(["cluster=mn5", *REAL, "parallel={world_size: 16, recompute: full}"])
     assert (several.parallel.world_size, several.parallel.recompute) == (16, "full")

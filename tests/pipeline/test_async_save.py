@@ -78,7 +78,7 @@ def _same_files(waits: Path, goes_on: Path) -> None:
         read_manifest(stage / "checkpoints" / "step_00000001") for stage in (goes_on, waits)
     )
     assert ours == replace(theirs, files=ours.files)
-    assert set(ours.files) == set(theirs.files) and len(ours.files) > 4
+    assert set(ours.files) == set(theirs.files) and len(ours.files) >= 4
     for name in set(ours.files) - {".metadata"}:  # a pickle: shares equal strings by chance
         assert ours.files[name] == theirs.files[name]  # SHA-256
 
