@@ -62,6 +62,24 @@ def test_a_save_is_not_counted_as_a_slow_step() -> None:
     assert patient.time_left < 1.5 * (2 * 1 + 30) + 1
 
 
+def test_a_save_in_the_background_is_waited_for_too() -> None:
+    """What it took in all counts, not what training stood still for; so does one in progress."""
+    clock, trainer = Clock(), FakeTrainer()
+    walltime = Walltime(200, clock.now, clock)
+    walltime.on_step(trainer, event(1, 1.0))  # type: ignore[arg-type]
+    walltime.on_saved(trainer, 2.0)  # type: ignore[arg-type]
+    walltime.on_committed(trainer, 40.0)  # type: ignore[arg-type]
+
+    def stops(left: float, writing: float | None) -> bool:
+        clock.now, trainer.writing_seconds = 1200.0 - left, writing
+        walltime.on_step(trainer, event(2, 1.0))  # type: ignore[arg-type]
+        return trainer.stop_reason == "walltime"
+
+    assert not stops(1.5 * (2 + 40) + 1, None)
+    assert not stops(1.5 * (2 + 40 + 30) + 1, 10.0)
+    assert stops(1.5 * (2 + 40 + 30) - 1, 10.0)
+
+
 def test_without_a_limit_it_never_stops() -> None:
     assert run(limit=None, step=5).stop_reason == ""
     assert run(limit=1e6, step=5).stop_reason == ""
