@@ -145,7 +145,9 @@ def _values(path: Path) -> dict[str, Any]:
 def nearest_preset(
     config: Config, settings: Mapping[str, float], row: Row
 ) -> tuple[str, Prediction] | None:
-    """The choice of conf/parallel that runs and fits, nearest in GPUs, then fastest."""
+    """The choice of conf/parallel that runs and fits: nearest in GPUs, the cluster's own before
+    others', then fastest."""
+    own = config.cluster.layouts.get(config.model.name, {}).values()
     found = []
     for name in options("parallel"):
         candidate = dataclasses.replace(config, parallel=preset(name))
@@ -154,8 +156,9 @@ def nearest_preset(
         prediction = predict(candidate, settings, row)
         if prediction.fit.fits:
             distance = abs(candidate.parallel.world_size - config.parallel.world_size)
-            found.append((distance, -prediction.step.tokens_per_gpu, name, prediction))
+            speed = prediction.step.tokens_per_gpu
+            found.append((distance, name not in own, -speed, name, prediction))
     if not found:
         return None
-    best = min(found, key=lambda entry: entry[:3])
-    return best[2], best[3]
+    best = min(found, key=lambda entry: entry[:4])
+    return best[3], best[4]

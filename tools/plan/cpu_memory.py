@@ -204,8 +204,10 @@ def measure_checkpoint(config: Config, folder: Path) -> list[Path]:
 
 def measure_saved(config: Config) -> int:
     """Bytes that a forward pass keeps."""
+    from pipeline.model import build_training_model
+
     with one_process(config):
-        models, _ = build(config)
+        models = build_training_model(config)
         with saved_bytes(models[0]) as found:
             models[0](**micro_batch(config.model))
         return sum(found.values())

@@ -47,7 +47,7 @@ def stage_lines(found: Prediction) -> list[str]:
     of = f"{fit.memory.total / GIB:.1f} of {fit.usable / GIB:.1f} GiB"
     per_step = (
         f"{stage.global_batch_size} packs of {stage.sequence_length} a step, "
-        f"{found.job.micro_batches} micro-batches of a replica{_passes(found)}"
+        f"{_count(found.job.micro_batches, 'micro-batch')} of a replica{_passes(found)}"
     )
     lines = [
         f"{stage.name}: {config.model.name}, {config.parallel.world_size} x "
@@ -88,7 +88,8 @@ def _passes(found: Prediction) -> str:
     if not samples:
         return ""
     seen = found.cost.steps * found.config.stage.global_batch_size * found.row.samples
-    return f"; {seen / samples:.2g} x {samples:,.0f} samples"
+    assumed = "an assumed " if found.row.source.startswith("assumed") else ""
+    return f"; {seen / samples:.2g} x {assumed}{samples:,.0f} samples"
 
 
 def _times(found: Prediction) -> str:
@@ -123,7 +124,7 @@ def _walltime(found: Prediction) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"
 
 
 def _rounded(hours: float) -> str:
