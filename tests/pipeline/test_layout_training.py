@@ -5,7 +5,10 @@ Layouts sum float32 numbers in other orders: losses of about 5 agree to 1e-5 ove
 AdamW, whole weight tensors to 1e-4 in relative norm (7e-6 seen).
 """
 
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ import torch
 from conf.schema import Config
 from pipeline.checkpoint import step_directory
 from pipeline.handoff import DONE, read_done
+from pipeline.manifest import MANIFEST
 from tests.distributed import run_ranks
-from tests.pipeline.small_run import SmallRun, losses, metrics, train_in_pool
+from tests.pipeline.small_run import SmallRun, losses, metrics, start, train_in_pool
 
 VIRTUAL = ["parallel=pp2", "parallel.virtual_pipeline=2"]
 OVERLAP = [
@@ -25,8 +29,7 @@ OVERLAP = [
 ]
 BOTH = [*VIRTUAL, "parallel.world_size=4", *OVERLAP]
 ONE_SAVE = "stage.checkpoint.every=6"
-AT_4 = "stage.checkpoint.every=4"  # and at the last step, 6
-AT_5 = "stage.checkpoint.every=5"
+AT_5 = "stage.checkpoint.every=5"  # and at the last step, 6
 LAYOUTS = {
     "PP2xVPP2": VIRTUAL,
     "DP2_overlapped": ["parallel=dp2", *OVERLAP],
@@ -79,26 +82,35 @@ def test_preference_stage(small_run: SmallRun, trained: dict[str, str]) -> None:
             assert mine[key] == pytest.approx(expected[key], abs=1e-4), key
 
 
-def resume(small_run: SmallRun, source: Config, config: Config) -> None:
-    """Train `config` to its end from the last checkpoint but one that `source` left."""
-    shutil.copytree(small_run.stage_dir(source), small_run.stage_dir(config))
-    (small_run.stage_dir(config) / DONE).unlink()
-    shutil.rmtree(step_directory(small_run.stage_dir(config), 6))
-    train_in_pool(config)
+def kill_after_first_save(config: Config, stage_dir: Path) -> None:
+    """Start the real command and SIGKILL every rank when its first checkpoint is there."""
+    processes = start(config)
+    manifest = step_directory(stage_dir, 1) / MANIFEST
+    deadline = time.monotonic() + 120
+    while not manifest.exists():
+        assert processes[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (stage_dir / DONE).exists()
 
 
-def test_goes_on_with_and_without_virtual_stages(small_run: SmallRun, stage1_dir: Path) -> None:
-    """Virtual stages to TP 2 and back, the optimizer's state shared out among other ranks."""
+def test_killed_and_resumed_elsewhere(small_run: SmallRun, stage1_dir: Path) -> None:
+    """Virtual stages, killed, to TP 2, and back; the optimizer's state shared out otherwise."""
     init = f"init_from={stage1_dir}"
     alone = small_run.config("stage2")
-    virtual = small_run.config("stage2", *BOTH, AT_4, init, run="from-virtual")
-    train_in_pool(virtual)
-    assert_trained_alike(small_run, virtual, alone)
-    tensor = small_run.config("stage2", "parallel=tp2", *OVERLAP, AT_5, init, run="to-tensor")
-    resume(small_run, virtual, tensor)
+    every = "stage.checkpoint.every=1"
+    virtual = small_run.config("stage2", *BOTH, every, init, run="moved")
+    kill_after_first_save(virtual, small_run.stage_dir(virtual))
+    tensor = small_run.config("stage2", "parallel=tp2", *OVERLAP, AT_5, init, run="moved")
+    train_in_pool(tensor)
     assert_trained_alike(small_run, tensor, alone)
-    back = small_run.config("stage2", *VIRTUAL, *OVERLAP, AT_5, init, run="back-to-virtual")
-    resume(small_run, tensor, back)
+    back = small_run.config("stage2", *VIRTUAL, *OVERLAP, AT_5, init, run="moved-back")
+    shutil.copytree(small_run.stage_dir(tensor), small_run.stage_dir(back))
+    (small_run.stage_dir(back) / DONE).unlink()
+    shutil.rmtree(step_directory(small_run.stage_dir(back), 6))
+    train_in_pool(back)
     assert_trained_alike(small_run, back, alone)
 
 
