@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -156,31 +157,39 @@ def train(
     return outputs[0]
 
 
-def _train_rank(path: str) -> tuple[int, str]:
-    from conf.compose import load
-    from pipeline.train import run
-
+def _run_main(module: str, words: Sequence[str]) -> tuple[int, str]:
+    """Exit code and output of `python -m MODULE WORDS`, in this process."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     said = io.StringIO()
+    arguments, sys.argv = sys.argv, [module, *words]
     try:
-        with contextlib.redirect_stdout(said):
-            return run(load(Path(path))), said.getvalue()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = importlib.import_module(module).main()
+    except SystemExit as end:
+        code = end.code
     finally:
+        sys.argv = arguments
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    return int(code or 0), said.getvalue()
 
 
-def train_in_pool(config: Config, timeout: float = 120) -> str:
-    """Run the stage to its end as `train` does, in ranks that have torch imported already.
-
-    Returns rank 0's output.
+def train_in_pool(
+    config: Config,
+    expect: int = 0,
+    timeout: float = 120,
+    program: Sequence[str] = ("pipeline.train",),
+) -> str:
+    """As `train`, in ranks that have torch imported already and go on living.
 
     Raises:
         RankFailure: a rank raised or gave no answer within `timeout` seconds.
     """
-    path = write_config(config)
-    answers = run_ranks(config.parallel.world_size, _train_rank, str(path), timeout=timeout)
-    assert [code for code, _ in answers] == [0] * config.parallel.world_size
+    words = [*program[1:], "--config", str(write_config(config))]
+    size = config.parallel.world_size
+    answers = run_ranks(size, _run_main, program[0], words, timeout=timeout)
+    codes = [code for code, _ in answers]
+    assert codes == [expect] * size, f"exit codes {codes}\n{answers[0][1]}"
     return answers[0][1]
 
 

@@ -18,7 +18,7 @@ from pipeline.reference_parts import (
     part_path,
     write_rows,
 )
-from tests.pipeline.small_run import SmallRun, losses, metrics, train
+from tests.pipeline.small_run import SmallRun, losses, metrics, train_in_pool
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -99,7 +99,7 @@ def test_foreign_and_damaged_parts_are_passed_over_by_name(whole: Path) -> None:
 
 def run_part(config: Config, part: int, parts: int, expect: int = 0) -> str:
     words = ("pipeline.reference", "--part", str(part), "--parts", str(parts))
-    return train(config, expect=expect, program=words)
+    return train_in_pool(config, expect=expect, program=words)
 
 
 def reference(config: Config) -> Path:
@@ -123,7 +123,7 @@ def test_two_parts_are_the_whole_bit_for_bit(small_run: SmallRun, again: Config)
     assert first.read_bytes() == honest
     run_part(again, 1, 2)
     assert len(list(reference(again).iterdir())) == 2
-    output = train(again)
+    output = train_in_pool(again)
     assert "reference log-probabilities" not in output
     [mine] = reference(again).iterdir()
     [alone] = reference(small_run.config("stage3")).iterdir()
@@ -143,7 +143,7 @@ def test_stage_computes_what_the_parts_lack(small_run: SmallRun, again: Config) 
     table = pq.read_table(good)
     metadata = {**table.schema.metadata, b"digest": b"f" * 64}
     pq.write_table(table.replace_schema_metadata(metadata), foreign)
-    output = train(again)
+    output = train_in_pool(again)
     assert f"WARNING: passed over {damaged} cannot be read" in output
     assert f"WARNING: passed over {foreign} belongs to other weights" in output
     assert "reference log-probabilities" in output

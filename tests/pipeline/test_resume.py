@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import Config
-from tests.pipeline.small_run import SmallRun, losses, metrics, start, train
+from tests.pipeline.small_run import SmallRun, losses, metrics, start, train_in_pool
 
 STEPS = "stage.steps=16"
 TIMEOUT = 120.0
@@ -41,7 +41,7 @@ def _kill_after(config: Config, lines: int, delay: float, number: int) -> str:
 @pytest.fixture(scope="module")
 def unbroken(small_run: SmallRun, trained: dict[str, str]) -> list[float]:
     config = _config(small_run, "unbroken")
-    train(config)
+    train_in_pool(config)
     return losses(config)
 
 
@@ -56,7 +56,7 @@ def test_killed_at_random_moments(small_run: SmallRun, unbroken: list[float]) ->
     chance = random.Random(20261121)
     for lines in (1, 5, 10):
         _kill_after(config, lines, chance.uniform(0, 2.0), signal.SIGKILL)
-    train(config)
+    train_in_pool(config)
     assert losses(config) == unbroken
 
 
@@ -66,7 +66,7 @@ def test_sigterm_saves_and_stops(small_run: SmallRun, unbroken: list[float]) -> 
     assert "the same command resumes" in output
     done = len(metrics(config))
     assert 3 <= done < 16
-    assert "resumes after step" in train(config)
+    assert "resumes after step" in train_in_pool(config)
     assert losses(config) == unbroken
 
 
@@ -87,7 +87,7 @@ def test_a_signal_to_every_process_of_a_rank(
         os.killpg(process.pid, signal.SIGTERM)
     output = processes[0].communicate(timeout=TIMEOUT)[0]
     assert processes[0].returncode == 128 + signal.SIGTERM, output
-    assert "resumes after step" in train(config)
+    assert "resumes after step" in train_in_pool(config)
     assert losses(config) == unbroken
 
 
@@ -100,7 +100,7 @@ def test_exit_file(small_run: SmallRun, unbroken: list[float]) -> None:
     (small_run.stage_dir(config) / "EXIT").touch()
     processes[0].communicate(timeout=TIMEOUT)
     assert processes[0].returncode == 128 + signal.SIGTERM
-    train(config)
+    train_in_pool(config)
     assert losses(config) == unbroken
 
 
@@ -111,14 +111,14 @@ def test_goes_on_under_another_layout(small_run: SmallRun, unbroken: list[float]
     stopped = len(metrics(config))
     assert stopped < 16
     moved = _config(small_run, "moved", "parallel=pp2")
-    assert f"resumes after step {stopped}" in train(moved)
+    assert f"resumes after step {stopped}" in train_in_pool(moved)
     assert losses(moved) == pytest.approx(unbroken, abs=1e-5)
 
 
 def test_distributed_optimizer_resumes(small_run: SmallRun, unbroken: list[float]) -> None:
     config = _config(small_run, "sharded", "parallel=dp2_dist")
     _kill_after(config, 5, 0.0, signal.SIGTERM)
-    train(config)
+    train_in_pool(config)
     assert losses(config) == pytest.approx(unbroken, abs=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_damaged_checkpoint_is_passed_over(small_run: SmallRun, unbroken: list[f
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 0xFF
     victim.write_bytes(data)
-    output = train(config)
+    output = train_in_pool(config)
     assert "passed over a damaged checkpoint" in output and victim.name in output
     assert "resumes after step 14 of 16" in output
     assert losses(config) == unbroken
@@ -146,7 +146,7 @@ def test_full_disk(small_run: SmallRun, unbroken: list[float]) -> None:
     last = output.splitlines()[-1]
     assert last.startswith("error: ") and "could not be written" in last
     assert list((small_run.stage_dir(config) / "checkpoints").iterdir()) == []
-    train(config)
+    train_in_pool(config)
     assert losses(config) == unbroken
 
 
@@ -155,4 +155,4 @@ def test_changed_plan_is_refused(small_run: SmallRun, unbroken: list[float]) -> 
     shutil.copytree(small_run.root / "unbroken" / "stage2", small_run.stage_dir(config))
     (small_run.stage_dir(config) / "DONE.json").unlink()
     config.data.mix = {"stage2": {"chats": 1.0}}
-    assert "another data plan" in train(config, expect=1).splitlines()[-1]
+    assert "another data plan" in train_in_pool(config, expect=1).splitlines()[-1]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.pipeline.small_run import CODE, SmallRun, losses, metrics, train
+from tests.pipeline.small_run import CODE, SmallRun, losses, metrics, train_in_pool
 
 # Layouts sum float32 numbers in other orders; after six AdamW steps the losses (about 5) still
 # agree to the seventh digit (4e-7 seen).
@@ -43,7 +43,7 @@ def test_first_preference_loss_is_ln_2(small_run: SmallRun, trained: dict[str, s
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "dp2", "cp2"])
 def test_layouts_train_alike(small_run: SmallRun, stage1_dir: Path, layout: str) -> None:
     config = small_run.config("stage2", f"parallel={layout}", f"init_from={stage1_dir}", run=layout)
-    train(config)
+    train_in_pool(config)
     assert losses(config) == pytest.approx(losses(small_run.config("stage2")), abs=LAYOUT_TOLERANCE)
 
 
@@ -53,7 +53,7 @@ def test_preference_layouts(small_run: SmallRun, trained: dict[str, str], layout
     stage2 = small_run.root / "run" / "stage2"
     name = f"dpo-{layout}"
     config = small_run.config("stage3", f"parallel={layout}", f"init_from={stage2}", run=name)
-    train(config)
+    train_in_pool(config)
     alone = metrics(small_run.config("stage3"))
     for mine, expected in zip(metrics(config), alone, strict=True):
         for key in ("loss", "margin", "accuracy", "grad_norm"):
@@ -63,7 +63,7 @@ def test_preference_layouts(small_run: SmallRun, trained: dict[str, str], layout
 def test_done_stage_stays(small_run: SmallRun, trained: dict[str, str]) -> None:
     config = small_run.config("stage2")
     before = (small_run.stage_dir(config) / "metrics.jsonl").read_bytes()
-    train(config)
+    train_in_pool(config)
     assert (small_run.stage_dir(config) / "metrics.jsonl").read_bytes() == before
 
 
@@ -72,7 +72,7 @@ def test_reference_is_reused(small_run: SmallRun, trained: dict[str, str], tmp_p
     stage_dir = small_run.stage_dir(config)
     config.init_from = str(small_run.root / "run" / "stage2")
     shutil.copytree(small_run.root / "run" / "stage3" / "reference", stage_dir / "reference")
-    output = train(config)
+    output = train_in_pool(config)
     assert "reference log-probabilities" not in output
     assert losses(config) == losses(small_run.config("stage3"))
 
@@ -90,7 +90,7 @@ def test_changed_reference_is_refused(small_run: SmallRun, trained: dict[str, st
     target = small_run.stage_dir(config) / "reference" / source.name
     target.parent.mkdir(parents=True)
     pq.write_table(shifted, target)
-    output = train(config, expect=1)
+    output = train_in_pool(config, expect=1)
     assert "not ln 2" in output.splitlines()[-1]
     assert not (small_run.stage_dir(config) / "DONE.json").exists()
 
@@ -98,16 +98,16 @@ def test_changed_reference_is_refused(small_run: SmallRun, trained: dict[str, st
 def test_wrong_predecessor(small_run: SmallRun, trained: dict[str, str]) -> None:
     """Stage 3 from stage 1; a missing predecessor; another model; each in one line."""
     wrong = small_run.config("stage3", f"init_from={small_run.root / 'run/stage1'}", run="w1")
-    assert "stage 3 begins from number 2" in train(wrong, expect=1).splitlines()[-1]
+    assert "stage 3 begins from number 2" in train_in_pool(wrong, expect=1).splitlines()[-1]
     missing = small_run.config("stage2", run="w2")
-    assert "has not finished; run it first" in train(missing, expect=1).splitlines()[-1]
+    assert "has not finished; run it first" in train_in_pool(missing, expect=1).splitlines()[-1]
     other = small_run.config(
         "stage1",
         f"init_from={small_run.root / 'run/import'}",
         "model.text.rope_theta=5e5",
         run="w3",
     )
-    assert "model.text.rope_theta" in train(other, expect=1).splitlines()[-1]
+    assert "model.text.rope_theta" in train_in_pool(other, expect=1).splitlines()[-1]
 
 
 def test_wrong_tokenizer(small_run: SmallRun, trained: dict[str, str], tmp_path: Path) -> None:
@@ -118,5 +118,5 @@ def test_wrong_tokenizer(small_run: SmallRun, trained: dict[str, str], tmp_path:
     config.data = type(config.data)(
         **{**vars(config.data), "tokenizer": str(tmp_path / "tokenizer")}
     )
-    last = train(config, expect=1).splitlines()[-1]
+    last = train_in_pool(config, expect=1).splitlines()[-1]
     assert last.startswith("error: ") and "tokenizer" in last
