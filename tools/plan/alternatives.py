@@ -36,7 +36,8 @@ def candidates(config: Config) -> Iterator[Config]:
         ranks = tensor * pipeline * context
         if parallel.world_size % ranks or tensor > max(1, config.cluster.gpus_per_node):
             continue
-        if virtual > 1 and pipeline == 1:
+        # Virtual stages where they divide the layers; else their parts wait for each other.
+        if virtual > 1 and (pipeline == 1 or config.model.text.layers % (pipeline * virtual)):
             continue
         layout = dataclasses.replace(
             parallel,

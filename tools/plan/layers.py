@@ -45,21 +45,21 @@ class Seconds:
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(
-            *(a + b for a, b in zip(_values(self), _values(other), strict=True)),
+            self.products + other.products,
+            self.attention + other.attention,
+            self.traffic + other.traffic,
+            self.tensor + other.tensor,
+            self.context + other.context,
         )
 
     def __mul__(self, factor: float) -> "Seconds":
-        return Seconds(*(value * factor for value in _values(self)))
-
-
-def _values(seconds: Seconds) -> tuple[float, ...]:
-    return (
-        seconds.products,
-        seconds.attention,
-        seconds.traffic,
-        seconds.tensor,
-        seconds.context,
-    )
+        return Seconds(
+            self.products * factor,
+            self.attention * factor,
+            self.traffic * factor,
+            self.tensor * factor,
+            self.context * factor,
+        )
 
 
 Shape = tuple[float, float, float]  # M, N, K of a forward product
@@ -204,7 +204,11 @@ def recomputed(job: Job, layer: Layer, layers: int) -> Seconds:
     parallel, share = job.parallel, job.software.recomputed
     if share is not None:
         one = layer.forward
-        return Seconds(*(a * b for a, b in zip(_values(one)[:3], share, strict=True))) * layers
+        products, attention, traffic = share
+        return (
+            Seconds(one.products * products, one.attention * attention, one.traffic * traffic)
+            * layers
+        )
     if parallel.recompute == "full":
         again = (
             layers
