@@ -147,7 +147,10 @@ def verdicts(turns: Turns) -> list[str]:
         what = "reached" if median >= goal else "missed"
         if machine.disturbed(turns.others):
             what = "not judged"
-        found.append(f"{side}, against {reference}: goal {goal}, {what}.")
+        by_cpu = spread(turns.ratios(side, reference, "tokens", "cpu_seconds"))
+        found.append(
+            f"{side}, against {reference}: goal {goal}, {what}; by processor time {by_cpu}."
+        )
     return found
 
 

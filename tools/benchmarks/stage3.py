@@ -74,7 +74,12 @@ def measure(
     warning = machine.disturbed(taken.others)
     ratios = sorted(taken.ratios(STAGE3, STAGE2, "tokens"))
     what = "reached" if ratios[len(ratios) // 2] >= GOAL else "missed"
-    verdict = f"Stage 3 against stage 2: goal {GOAL}, {'not judged' if warning else what}."
+    by_cpu = spread(taken.ratios(STAGE3, STAGE2, "tokens", "cpu_seconds"))
+    same = spread(taken.ratios(STAGE3, SAME_ROWS, "tokens", "cpu_seconds"))
+    verdict = (
+        f"Stage 3 against stage 2: goal {GOAL}, {'not judged' if warning else what}; by processor "
+        f"time {by_cpu}, and {same} on the same rows."
+    )
     return Section(
         title="Stage 3 against stage 2",
         method=METHOD,
