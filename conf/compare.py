@@ -1,6 +1,7 @@
 """What may change when a run is continued, and what may not.
 
-The layout, the machine and the bookkeeping may; whatever decides what the weights become may not.
+The layout, the machine and the bookkeeping may; whatever decides what the weights become may not,
+nor in which form the optimizer's state is saved.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ MAY_CHANGE = (
     "run",
     "runs_dir",
 )
+# But not these: the optimizer's state is saved in another form.
+MUST_STAY = ("parallel.distributed_optimizer",)
 
 
 def changed(old: Config, new: Config) -> list[str]:
@@ -51,7 +54,7 @@ def _differences(old: Config, new: Config) -> dict[str, str]:
 def _may_change(key: str) -> bool:
     if key.startswith("data.sources.") and key.endswith(".input"):
         return True
-    return _is_below(key, MAY_CHANGE)
+    return key not in MUST_STAY and _is_below(key, MAY_CHANGE)
 
 
 def _is_below(key: str, names: Sequence[str]) -> bool:

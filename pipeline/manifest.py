@@ -26,7 +26,7 @@ class Manifest:
     samples: int  # training samples seen
     plan_digest: str
     config_digest: str
-    layout: dict[str, int]  # world_size, tensor, pipeline, context, virtual_pipeline
+    layout: dict[str, int]  # sizes by their names in `parallel`; distributed_optimizer 0 or 1
     code_version: str
     files: dict[str, tuple[int, str]]  # name -> bytes, SHA-256
 

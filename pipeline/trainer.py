@@ -79,6 +79,7 @@ class Trainer:
                 "pipeline": parallel.pipeline,
                 "virtual_pipeline": parallel.virtual_pipeline,
                 "context": parallel.context,
+                "distributed_optimizer": int(parallel.distributed_optimizer),
             },
             plan_digest=data.plan.digest,
             config_digest=config_digest(config),
@@ -148,6 +149,12 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{directory} was trained with another model, precision or stage configuration; "
                 "restore it, or start a new RUN"
+            )
+        shared = manifest.layout.get("distributed_optimizer")
+        if shared is not None and shared != self.state.layout["distributed_optimizer"]:
+            raise checkpoint.CheckpointError(
+                f"{directory} was saved with parallel.distributed_optimizer="
+                f"{str(bool(shared)).lower()}, whose optimizer state has another form; set it so"
             )
         checkpoint.load(self.state, directory, manifest)
 

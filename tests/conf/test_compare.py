@@ -36,6 +36,10 @@ def test_layout_and_places_may_change(override: str) -> None:
         ("+data.mix.stage1.chats=1", "data.mix.stage1.chats: absent -> 1.0"),
         ("~data.mix.stage3", "data.mix.stage3.preferences: 1.0 -> absent"),
         ("init_from=there", "init_from: None -> there"),
+        (
+            "parallel.distributed_optimizer=true",
+            "parallel.distributed_optimizer: False -> True",
+        ),
     ],
 )
 def test_what_makes_the_weights_may_not(override: str, line: str) -> None:

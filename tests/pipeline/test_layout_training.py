@@ -19,7 +19,7 @@ from pipeline.checkpoint import step_directory
 from pipeline.handoff import DONE, read_done
 from pipeline.manifest import MANIFEST
 from tests.distributed import run_ranks
-from tests.pipeline.small_run import SmallRun, losses, metrics, start, train_in_pool
+from tests.pipeline.small_run import SmallRun, losses, metrics, start, train, train_in_pool
 
 VIRTUAL = ["parallel=pp2", "parallel.virtual_pipeline=2"]
 OVERLAP = [
@@ -112,6 +112,15 @@ def test_killed_and_resumed_elsewhere(small_run: SmallRun, stage1_dir: Path) -> 
     shutil.rmtree(step_directory(small_run.stage_dir(back), 6))
     train_in_pool(back)
     assert_trained_alike(small_run, back, alone)
+
+
+def test_another_form_of_the_optimizer_is_named(small_run: SmallRun, stage1_dir: Path) -> None:
+    init = f"init_from={stage1_dir}"
+    config = small_run.config("stage2", "parallel.distributed_optimizer=true", init, run="form")
+    shutil.copytree(small_run.stage_dir(small_run.config("stage2")), small_run.stage_dir(config))
+    (small_run.stage_dir(config) / DONE).unlink()
+    last = train(config, expect=1).splitlines()[-1]
+    assert "was saved with parallel.distributed_optimizer=false" in last
 
 
 def test_bf16(small_run: SmallRun, stage1_dir: Path) -> None:
