@@ -8,12 +8,12 @@ from conf.schema import Config
 from pipeline.stages import MODULE_PATTERNS
 from tools.dryrun import collectives, sharding
 from tools.dryrun.batches import micro_batch_count
-from tools.dryrun.report import RankReport, short_kind
+from tools.dryrun.report import Call, RankReport, short_kind
 from tools.dryrun.sample import Sample
 
 GB = 1e9
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "int64": 8, "int32": 4}
-_ORDER = ("tensor", "context", "pipeline", "data_parallel_with_cp", "data_parallel")
+_ORDER = ("tensor", "context_parallel", "pipeline", "data_parallel_group_with_cp")
 
 
 def problems(
@@ -149,7 +149,7 @@ def _ranks(reports: Sequence[RankReport], config: Config) -> Iterator[str]:
 def _groups(reports: Sequence[RankReport]) -> Iterator[str]:
     groups = collectives.by_group(reports)
     yield (
-        f"  {'groups':<32}{'of ranks':>9}{'seen':>6}{'compared':>10}{'calls':>8}{'GB given':>10}"
+        f"  {'groups':<32}{'of ranks':>9}{'seen':>6}{'members':>10}{'calls':>12}{'GB':>10}"
         "  digest of the first"
     )
     kinds: dict[tuple[str, int], list[collectives.GroupCalls]] = {}
@@ -161,18 +161,23 @@ def _groups(reports: Sequence[RankReport]) -> Iterator[str]:
             for entry in entries
             for rank in entry.collective
         ]
-        given = max(
-            sum(prod(call.shape) * _BYTES.get(call.dtype, 1) for call in calls if call.op != "recv")
-            for calls in members
-        )
+        moved = max(sum(_moved(call, size) for call in calls) for calls in members)
         compared = sum(len(entry.collective) for entry in entries if len(entry.collective) > 1)
         calls = sorted({len(member) for member in members})
         shown = f"{calls[0]}" if len(calls) == 1 else f"{calls[0]}-{calls[-1]}"
         yield (
-            f"  {short_kind(kind):<32}{size:>9}{len(entries):>6}{compared:>10}{shown:>8}"
-            f"{given / GB:>10.2f}  {entries[0].digest}"
+            f"  {short_kind(kind):<32}{size:>9}{len(entries):>6}{compared:>10}{shown:>12}"
+            f"{moved / GB:>10.2f}  {entries[0].digest}"
         )
     yield f"  all calls of all simulated ranks: {collectives.digest(reports)}"
+
+
+def _moved(call: Call, size: int) -> float:
+    """Bytes of the whole tensor; a gather's and a scatter's parts are one rank's."""
+    if call.op == "recv":
+        return 0
+    parts = size if call.op in ("all_gather", "reduce_scatter") else 1
+    return prod(call.shape) * _BYTES.get(call.dtype, 1) * parts
 
 
 def _rank_of(kind: str) -> tuple[int, str]:

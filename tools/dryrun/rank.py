@@ -188,7 +188,7 @@ def _modules(models: Sequence[Any], optimizer: Any, touched: set[int]) -> dict[s
 def _optimised(optimizer: Any) -> Iterator[Tensor]:
     """Model parameters that one of Megatron's optimizers updates, its replicas' parts included."""
     if isinstance(optimizer, DistributedOptimizer):
-        for buffer in optimizer.buffers or ():  # none where nothing is trained
+        for buffer in getattr(optimizer, "buffers", ()):  # none where nothing is trained
             yield from buffer.params
         return
     groups = [

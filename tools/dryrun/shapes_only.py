@@ -3,6 +3,7 @@
 Floating-point tensors that a program makes are put on torch's `meta` device: shape, dtype and
 gradient graph, no storage. Integer and boolean tensors (token ids, document boundaries, indices)
 stay real, as do the few floats that come from a batch: how a row is cut depends on their values.
+Only tables of a row against itself (attention masks) are left without.
 Where the two meet, the result has no numbers either, and the real operand gives its shape.
 
 What a program asks of a number that does not exist (a gradient's norm, a loss) is answered 1, or
@@ -14,6 +15,7 @@ torch's own `FakeTensorMode` would take the numbers of the integer tensors away 
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+_HERE = str(Path(__file__).parent)
 _META = torch.device("meta")
 _PIXEL_DIMENSIONS = 4  # uint8 [N, 3, side, side]; a random state is uint8 too, of one dimension
+_LARGE = 1 << 20  # numbers; indices into a row are far fewer
 # A result whose shape depends on numbers.
 _UNKNOWABLE = {aten.nonzero.default, aten.masked_select.default, aten.unique_dim.default}
 _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
@@ -45,7 +49,9 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_code.co_filename
-        if not any(part in name for part in ("/torch/", "/dryrun/", "contextlib", "cpu_backend")):
+        if not name.startswith(_HERE) and not any(
+            part in name for part in ("/torch/", "contextlib", "cpu_backend")
+        ):
             short = name[name.rindex("/megatron/") + 1 :] if "/megatron/" in name else name
             return f"{'/'.join(short.split('/')[-4:])}:{frame.f_lineno}"
         frame = frame.f_back
@@ -103,7 +109,7 @@ class ShapesOnly(TorchDispatchMode):
         tensors = _tensors([*args, *kwargs.values()])
         if not tensors:
             return _made(func, args, kwargs)
-        if not any(map(is_empty, tensors)):
+        if not any(map(is_empty, tensors)) and not _large(tensors):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             return self.answer(args[0].dtype)
@@ -225,6 +231,13 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += [item for item in value if isinstance(item, Tensor)]
     return found
+
+
+def _large(tensors: Sequence[Tensor]) -> bool:
+    """Whether two real operands make a table (an attention mask) whose numbers nobody needs."""
+    if len(tensors) != 2 or max(tensors[0].dim(), tensors[1].dim()) < 2:
+        return False
+    return tensors[0].numel() * tensors[1].numel() > _LARGE > max(t.numel() for t in tensors)
 
 
 def _key(value: Any) -> Any:
