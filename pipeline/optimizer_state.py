@@ -26,6 +26,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from torch import Tensor
 
 from models.cpu_backend import fill_adamw_state
+from pipeline.manifest import CheckpointError
 
 PREFIX = "optimizer.state"
 SHARDS = "shards"
@@ -145,9 +146,18 @@ def sharded_optimizer(
 
 
 def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Take over what was loaded into the tensors of `sharded_optimizer(..., loading=True)`."""
+    """Take over what was loaded into the tensors of `sharded_optimizer(..., loading=True)`.
+
+    Raises:
+        CheckpointError: the checkpoint is a distributed optimizer's, and this one is not.
+    """
     inner = _distributed(optimizer)
     if inner is None:
+        if any("lr" not in group for group in loaded.get("param_groups", [])):
+            raise CheckpointError(
+                "the checkpoint was saved with parallel.distributed_optimizer=true, and without it "
+                "its optimizer state does not load; set it again"
+            )
         optimizer.load_state_dict(loaded)
         return
     if inner.is_stub_optimizer:

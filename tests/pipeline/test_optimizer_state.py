@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from conf.schema import ParallelConfig, PrecisionConfig
-from pipeline.checkpoint import load, save, verify
+from pipeline.checkpoint import _load_into, load, save, verify
+from pipeline.manifest import CheckpointError
 from pipeline.optimizer_state import boxes, merge_remainder, split_remainder
 from tests.distributed import megatron, run_ranks
 from tests.pipeline.tiny_state import largest_difference, one_step, tensors, tiny_state
@@ -88,8 +89,6 @@ def _save_as_megatron(directory: str) -> None:
 
 def _read_both(megatron_dir: str, ours: str, parallel: ParallelConfig) -> float:
     """Largest difference between the two, each loaded under `parallel`."""
-    from pipeline.checkpoint import _load_into
-
     with megatron(parallel):
         found = []
         for directory in (megatron_dir, ours):
@@ -98,6 +97,14 @@ def _read_both(megatron_dir: str, ours: str, parallel: ParallelConfig) -> float:
             found.append(tensors(state))
         assert any(float(t.abs().max()) > 0 for t in found[0] if t.numel())
         return largest_difference(*found)
+
+
+def _refusal(directory: str) -> str:
+    with megatron(ParallelConfig()):
+        state = tiny_state(ParallelConfig(), PrecisionConfig(), 0)
+        with pytest.raises(CheckpointError) as error:
+            _load_into(state, Path(directory), with_rng=False)
+        return str(error.value)
 
 
 def test_reads_what_megatron_wrote_under_any_layout(tmp_path: Path) -> None:
@@ -110,7 +117,8 @@ def test_reads_what_megatron_wrote_under_any_layout(tmp_path: Path) -> None:
     for parallel in (
         ParallelConfig(2, tensor=2, distributed_optimizer=True),
         ParallelConfig(2, pipeline=2, distributed_optimizer=True),
-        ParallelConfig(1),
+        ParallelConfig(1, distributed_optimizer=True),
     ):
         found = run_ranks(parallel.world_size, _read_both, str(theirs), str(ours), parallel)
         assert found == [0.0] * parallel.world_size
+    assert "distributed_optimizer=true" in run_ranks(1, _refusal, str(ours))[0]
