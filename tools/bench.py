@@ -1,7 +1,7 @@
 """Measure what this machine can, into docs/benchmarks/speed.md and speed.json:
 
     python -m tools.bench [only=stage2,stage3,loss,layers] [out=docs/benchmarks] [work=runs/bench]
-        [threads=1] [turns=5] [steps=12] [scale=0.2]
+        [threads=1] [turns=5] [steps=8] [scale=0.2]
 
 A section that is measured replaces its old one. Sides are measured in turn, each in a process of
 its own. A table measured while the machine had other work says so and judges nothing.
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"only={name} is none of {', '.join(SECTIONS)}")
     try:
         threads, turns = int(given.get("threads", "1")), int(given.get("turns", "5"))
-        steps, scale = int(given.get("steps", "12")), float(given.get("scale", "0.2"))
+        steps, scale = int(given.get("steps", "8")), float(given.get("scale", "0.2"))
     except ValueError:
         raise ValueError(f"threads=, turns=, steps= and scale= take numbers; {USAGE}") from None
     if min(threads, turns, steps) < 1:

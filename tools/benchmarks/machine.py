@@ -71,12 +71,21 @@ def memory_gb() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
+def _program() -> list[str]:
+    """`-m tools.bench` for a module of this repository, wherever that lies."""
+    path = Path(sys.argv[0]).resolve()
+    if not path.is_relative_to(REPOSITORY):
+        return [path.name]
+    name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    return ["-m", name.removesuffix(".__main__")]
+
+
 def facts(command: Sequence[str] | None = None) -> dict[str, Any]:
     """What belongs beside every figure, ready for JSON."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
-        "command": " ".join(command or [Path(sys.executable).name, *sys.argv]),
+        "command": " ".join(command or ["python", *_program(), *sys.argv[1:]]),
         "hardware": f"{processor()}, {memory_gb():.0f} GB",
         "versions": versions(),
     }

@@ -117,3 +117,8 @@ def test_numbers_have_three_digits() -> None:
 def test_wrong_arguments_are_refused_before_anything_runs(words: list[str], wrong: str) -> None:
     with pytest.raises(ValueError, match=wrong):
         bench.main(words)
+
+
+def test_the_command_names_no_place_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(machine.REPOSITORY / "tools" / "bench.py"), "turns=2"])
+    assert machine.facts()["command"] == "python -m tools.bench turns=2"
