@@ -51,6 +51,8 @@ def child_environment(device: str) -> dict[str, str]:
         return environment
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
     found = [str(packages / name / "lib") for name in ("cu13", "cudnn", "nccl")]
+    # Rows of several lengths in one process: fewer gaps that nothing fits into.
+    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     known = environment.get("LD_LIBRARY_PATH")
     environment["LD_LIBRARY_PATH"] = ":".join([*found, *([known] if known else [])])
     return environment
