@@ -19,7 +19,7 @@ def trained(small_run: SmallRun) -> dict[str, str]:
     return {stage: train(small_run.config(stage)) for stage in ("stage1", "stage2", "stage3")}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stage1_dir(small_run: SmallRun, trained: dict[str, str]) -> Path:
     """A finished stage 1, to start stage 2 of other runs from."""
     return small_run.root / "run" / "stage1"
