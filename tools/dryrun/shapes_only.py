@@ -52,8 +52,9 @@ def place() -> str:
         if not name.startswith(_HERE) and not any(
             part in name for part in ("/torch/", "contextlib", "cpu_backend")
         ):
-            short = name[name.rindex("/megatron/") + 1 :] if "/megatron/" in name else name
-            return f"{'/'.join(short.split('/')[-4:])}:{frame.f_lineno}"
+            parts = name.split("/")
+            start = parts.index("megatron") if "megatron" in parts else -2
+            return f"{'/'.join(parts[start:])}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
 
@@ -71,6 +72,11 @@ class ShapesOnly(TorchDispatchMode):
         self._outside = _OutsideDispatch(self)
         # (operation, operands' shapes) -> the result's: torch computes some in slow Python.
         self._known: dict[Any, Any] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and torch's wrapper against it costs an import of seconds."""
+        return False
 
     def __enter__(self) -> "ShapesOnly":
         super().__enter__()
