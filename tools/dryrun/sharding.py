@@ -7,12 +7,13 @@ the whole tensor without overlap. There it runs on what all ranks send; here on 
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import islice
 from math import prod
 
 from tools.dryrun.report import RankReport, Shard
 
 Owned = tuple[int, Shard]
+Piece = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
 
 
 def problems(reports: Sequence[RankReport]) -> list[str]:
@@ -47,7 +48,7 @@ def _key(owned: Sequence[Owned]) -> Iterator[str]:
                 f"{_tensor(shard)}"
             )
             return
-    pieces: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    pieces: dict[Piece, list[int]] = defaultdict(list)
     for rank, shard in owned:
         if shard.main:
             pieces[shard.offset, shard.shape].append(rank)
@@ -63,10 +64,8 @@ def _key(owned: Sequence[Owned]) -> Iterator[str]:
     yield from _cover(first, list(pieces))
 
 
-def _cover(
-    first: Shard, pieces: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> Iterator[str]:
-    for one, other in combinations(pieces, 2):
+def _cover(first: Shard, pieces: Sequence[Piece]) -> Iterator[str]:
+    for one, other in _meeting(sorted(pieces)):
         if all(a < b + n and b < a + m for a, m, b, n in zip(*one, *other, strict=True)):
             yield (
                 f"{first.key}: the pieces at {list(one[0])} and {list(other[0])} of "
@@ -79,6 +78,16 @@ def _cover(
             f"{first.key}: of {prod(first.global_shape)} numbers of {_tensor(first)} the ranks "
             f"write {held}"
         )
+
+
+def _meeting(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Piece]]:
+    """Pairs that meet along the first axis, out of pieces in the order of their offsets."""
+    for number, one in enumerate(pieces):
+        end = one[0][0] + one[1][0] if one[0] else 1
+        for other in islice(pieces, number + 1, None):
+            if other[0] and other[0][0] >= end:
+                break
+            yield one, other
 
 
 def _tensor(shard: Shard) -> str:
