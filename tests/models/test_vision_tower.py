@@ -126,3 +126,17 @@ def test_unknown_module_is_refused() -> None:
     assert run_ranks(1, unknown_worker) == [
         "cannot train newline; known: vision, connector, language"
     ]
+
+
+def order_worker() -> tuple[list[str], list[str]]:
+    with megatron(ParallelConfig()):
+        model = tiny_model()
+        built = build_loaded(model, ParallelConfig(), megatron_state(hf_twin(model), model))
+        before = [name for name, _ in built.named_parameters()]
+        built.sharded_state_dict()
+        return before, [name for name, _ in built.named_parameters()]
+
+
+def test_a_save_leaves_the_order_of_the_parameters() -> None:
+    ((before, after),) = run_ranks(1, order_worker)
+    assert before == after
