@@ -88,12 +88,13 @@ class VisionTower(MegatronModule):
         Megatron would save a plain `ModuleList` as if each tensor-parallel rank held a copy of
         the same tensors, hence the unused layers are asked one by one.
         """
-        modules = self._modules
-        self._modules = {name: modules[name] for name in modules if name != "unused_layers"}
+        modules = dict(self._modules)
+        del self._modules["unused_layers"]
         try:
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        finally:
-            self._modules = modules
+        finally:  # in their old order
+            self._modules.clear()
+            self._modules.update(modules)
         for number, layer in enumerate(self.unused_layers):
             assert isinstance(layer, MegatronModule)
             layer_prefix = f"{prefix}unused_layers.{number}."
