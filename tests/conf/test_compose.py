@@ -30,7 +30,7 @@ def test_overrides_win_over_the_demo_sizes_which_win_over_the_recipe() -> None:
 
 def test_recipe_carries_what_is_published() -> None:
     first, second, third = (compose([f"stage=stage{n}", "data=amalia"]).stage for n in (1, 2, 3))
-    assert (first.steps, first.global_batch_size) == (2000, 256)
+    assert (first.steps, first.global_batch_size) == (2000, 128)
     assert first.lr.vision == first.lr.language == 0 < first.lr.connector
     assert min(second.lr.vision, second.lr.connector, second.lr.language) > 0
     assert third.objective == "dpo" and (third.steps, third.epochs) == (None, 1.0)
