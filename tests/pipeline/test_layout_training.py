@@ -101,9 +101,9 @@ def test_killed_and_resumed_elsewhere(small_run: SmallRun, stage1_dir: Path) -> 
     init = f"init_from={stage1_dir}"
     alone = small_run.config("stage2")
     every = "stage.checkpoint.every=1"
-    virtual = small_run.config("stage2", *BOTH, every, init, run="moved")
+    virtual = small_run.config("stage2", *BOTH, every, init, run="virtual-moved")
     kill_after_first_save(virtual, small_run.stage_dir(virtual))
-    tensor = small_run.config("stage2", "parallel=tp2", *OVERLAP, AT_5, init, run="moved")
+    tensor = small_run.config("stage2", "parallel=tp2", *OVERLAP, AT_5, init, run="virtual-moved")
     train_in_pool(tensor)
     assert_trained_alike(small_run, tensor, alone)
     back = small_run.config("stage2", *VIRTUAL, *OVERLAP, AT_5, init, run="moved-back")

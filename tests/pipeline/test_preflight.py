@@ -289,7 +289,7 @@ def test_the_estimate_of_a_checkpoint(small_run: SmallRun, trained: dict[str, st
 
 def test_the_number_of_parameters(small_run: SmallRun) -> None:
     model = small_run.config("stage1").model
-    assert sum(parameters(model).values()) == 65_872  # as tools.hf_import counts them
+    assert sum(parameters(model).values()) == 79_824  # as tools.hf_import counts them
 
 
 def facts(node: str, problem: str | None = None, fault: bool = False, **more: Any) -> Any:
