@@ -7,6 +7,7 @@ MASTER_PORT).  Rank 0 speaks on the terminal and in `log.out`, the others in `ra
 import ctypes
 import os
 import queue
+import random
 import shlex
 import signal
 import socket
@@ -29,6 +30,7 @@ TAIL_BYTES = 16384
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What a rank returns that was asked to stop, by a signal or a file, and has saved its checkpoint.
 STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+PORTS = (20000, 32000)  # below what Linux gives to connections (32768 and more)
 MANY_RANKS = 8  # as many processes as any machine without GPUs may be asked for
 
 # Nothing in a job may ask the internet; everything is staged before.
@@ -137,7 +139,7 @@ class _Job:
 
     def start(self) -> None:
         """Start every rank, then watch them: forking is safest before there are threads."""
-        port = _free_port()
+        port = free_port()
         try:
             for rank in range(self.config.parallel.world_size):
                 self.processes.append(self._start_rank(rank, port))
@@ -276,11 +278,19 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
         pass
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on, and that the kernel gives to no connection meanwhile.
+
+    Ports that it chooses itself are out of a range of its own; one of those may be taken again
+    before rank 0 listens.
+    """
+    for port in random.SystemRandom().sample(range(*PORTS), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def die_with_parent() -> Callable[[], None] | None:

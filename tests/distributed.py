@@ -18,7 +18,6 @@ import faulthandler
 import gc
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -28,6 +27,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 from conf.schema import ParallelConfig
+from slurm.local import free_port
 
 
 class RankFailure(AssertionError):
@@ -96,13 +96,6 @@ def _forget() -> None:
         if isinstance(item, DistributedDataParallel):
             item.grad_accs.clear()
     gc.collect()
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @atexit.register

@@ -1,7 +1,6 @@
 """The whole network in this one process: how import, export and evaluation see a checkpoint."""
 
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from conf.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from pipeline.distributed import session
+from slurm.local import free_port
 
 if TYPE_CHECKING:
     from models.llava_next import LlavaNext
@@ -32,7 +32,7 @@ def whole_model(
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     threads = torch.get_num_threads()
     before = {name: os.environ.get(name) for name in environment}
@@ -69,9 +69,3 @@ def fill(network: "LlavaNext", tensors: Mapping[str, Tensor]) -> None:
     assert not differing, f"models/hf_state.py and models/llava_next.py disagree on {differing[:5]}"
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

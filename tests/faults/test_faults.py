@@ -35,8 +35,8 @@ PLANS = {
         ("stage3", scenarios.requeued, 2 * EVERY + 1),
     ],
 }
-# The second pipeline goes without preflight, which costs a start of Python with torch each time.
-OVERRIDES = {"second": ("cluster.preflight=false",)}
+# Two pipelines go without preflight, which costs a start of Python with torch each time.
+OVERRIDES = dict.fromkeys(("undisturbed", "second"), ("cluster.preflight=false",))
 
 
 def play(run: PipelineRun, plan: list[tuple[str, scenarios.Fault, int]]) -> Ended:

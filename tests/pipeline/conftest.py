@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.small_run import SmallRun, train
+from tests.pipeline.small_run import SmallRun, train_in_pool
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,9 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
 @pytest.fixture(scope="session")
 def trained(small_run: SmallRun) -> dict[str, str]:
     """Output of each stage of run `run`, on one rank, one after the other."""
-    return {stage: train(small_run.config(stage)) for stage in ("stage1", "stage2", "stage3")}
+    return {
+        stage: train_in_pool(small_run.config(stage)) for stage in ("stage1", "stage2", "stage3")
+    }
 
 
 @pytest.fixture(scope="session")

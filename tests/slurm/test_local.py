@@ -196,3 +196,9 @@ def test_last_line_of_odd_logs(tmp_path: Path) -> None:
     log.write_bytes(b"x" * 100_000 + b"\nstep 1\rstep 2\r\n  \xff end \n\n")
     assert local.last_line(log) == "\ufffd end"
     assert "cannot be read" in local.last_line(tmp_path / "none")
+
+
+def test_the_port_is_none_that_a_connection_may_get() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {local.free_port() for _ in range(20)}
+    assert all(1024 < port < lowest for port in ports) and len(ports) > 1
