@@ -30,7 +30,8 @@ TAIL_BYTES = 16384
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What a rank returns that was asked to stop, by a signal or a file, and has saved its checkpoint.
 STOPPED_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-PORTS = (20000, 32000)  # below what Linux gives to connections (32768 and more)
+# Above those of batch jobs (slurm/bodies.py), below those that Linux gives to connections.
+PORTS = (30000, 32768)
 MANY_RANKS = 8  # as many processes as any machine without GPUs may be asked for
 
 # Nothing in a job may ask the internet; everything is staged before.
