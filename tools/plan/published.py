@@ -182,8 +182,8 @@ def page(record: Mapping[str, Any]) -> list[str]:
         f"{record['sustained']:g}), on the rows marked; the others validate. But they were at hand "
         "while the model was written, and four choices were made with them in sight: the share of "
         "FP8 products (0.78, from a benchmark of single products, after 0.66 and 0.72 had proved "
-        "too low), the rates of fused attention within what its authors' figures allow, the traffic "
-        "of merging partial results under context parallelism, and one "
+        "too low), the rates of fused attention within what its authors' figures allow, the "
+        "traffic of merging partial results under context parallelism, and one "
         "micro-batch of four sequences in Megatron-LM's table (with four micro-batches of one, its "
         "32B run could not hide its gradients: -27 %). " + _summary_line(record["summary"]),
         "",
