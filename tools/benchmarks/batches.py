@@ -59,8 +59,3 @@ def read_batches(path: Path, most_steps: int | None = None) -> Steps:
     if not steps:
         raise ValueError(f"{path} holds no batches; make it again")
     return steps
-
-
-def real_tokens(batches: Sequence[PackedBatch], pad_id: int) -> int:
-    """Tokens that are not padding, at the ends of documents and packs."""
-    return sum(int(np.count_nonzero(batch.tokens_T != pad_id)) for batch in batches)
