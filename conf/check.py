@@ -72,7 +72,7 @@ def _positive(config: Config) -> Iterator[str]:
         "stage.optimizer.eps": stage.optimizer.eps,
         "stage.optimizer.clip_grad": stage.optimizer.clip_grad,
         "data.shard_bytes": config.data.shard_bytes,
-        "data.max_pixels": config.data.max_pixels,
+        "data.images.max_pixels": config.data.images.max_pixels,
         "data.build_workers": config.data.build_workers,
         "cluster.threads_per_rank": config.cluster.threads_per_rank,
     }

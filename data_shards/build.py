@@ -82,7 +82,7 @@ def build_dataset(
         source=name,
         licence=source.licence,
         preference=source.preference,
-        max_pixels=data.max_pixels,
+        max_pixels=data.images.max_pixels,
         tokenizer=data.tokenizer,
         geometry=geometry,
     )

@@ -137,7 +137,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > max_pixels:
         raise ImageError(
-            f"{image.width}x{image.height} px are more than data.max_pixels={max_pixels}"
+            f"{image.width}x{image.height} px are more than data.images.max_pixels={max_pixels}"
         )
     if min(image.size) < MIN_SIDE:
         raise ImageError(f"{image.width}x{image.height} px: a side is under {MIN_SIDE} px")

@@ -91,6 +91,9 @@ class StageConfig:
     # the context-parallel size; context parallelism needs a multiple of 2*parallel.context.
     document_multiple: int = 1
     max_tiles_per_pack: Optional[int] = None
+    # The same as a multiple of the tiles that a full pack of this mixture holds on average; 1.08
+    # keeps replicas level at little cost in padding. Not beside max_tiles_per_pack.
+    max_tiles_over_mean: Optional[float] = None
     seed: int = 1234
     log_every: int = 1
     # Expected GPU-hours (without GPUs, rank-hours) of the whole stage: how many jobs are queued.
@@ -121,6 +124,13 @@ class StageConfig:
             raise ConfigError(
                 f"stage.sequence_length={self.sequence_length} is not a multiple of "
                 f"stage.document_multiple={self.document_multiple}"
+            )
+        if self.max_tiles_over_mean is not None and (
+            self.max_tiles_per_pack is not None or self.max_tiles_over_mean < 1
+        ):
+            raise ConfigError(
+                f"stage.max_tiles_over_mean={self.max_tiles_over_mean}: at least 1, and not beside "
+                "stage.max_tiles_per_pack"
             )
         self.lr.check()
         self.optimizer.check()

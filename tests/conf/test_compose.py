@@ -45,7 +45,7 @@ def test_every_scalar_of_every_group_can_be_overridden() -> None:
             "parallel.pipeline=2",
             "precision.params=bf16",
             "stage.lr.vision=1e-6",
-            "data.max_pixels=9",
+            "data.images.max_pixels=9",
             "cluster.threads_per_rank=3",
             "+data.mix.stage1.questions=0.25",
             "init_from=somewhere",

@@ -113,7 +113,7 @@ def test_bad_rows_are_quarantined_with_the_reason(
     rows[6]["messages"][1]["content"] = "<image>"
     path = toys.write_parquet(tmp_path / "a.parquet", rows)
     data = toys.data_config(tmp_path / "out", tokenizer_directory, chats=SourceConfig(str(path)))
-    data.max_pixels = 39_999
+    data.images.max_pixels = 39_999
     manifest = build(data)
     assert manifest.table["key"].to_pylist() == [f"{n:09d}" for n in (0, 3, 5, 7)]
     lines = (manifest.path.parent / "quarantine.jsonl").read_text().splitlines()
@@ -123,7 +123,7 @@ def test_bad_rows_are_quarantined_with_the_reason(
     reasons = [entry["reason"] for entry in entries]
     assert "image 0: not a readable image" in reasons[0]
     assert "answer of turn 1 is empty" in reasons[1]
-    assert "200x200 px are more than data.max_pixels=39999" in reasons[2]
+    assert "200x200 px are more than data.images.max_pixels=39999" in reasons[2]
     assert "1 image placeholders but 0 images" in reasons[3]
 
 
