@@ -172,16 +172,17 @@ def to_hf(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """
     unfused = {fused: name for name, fused in FUSED_NORMS.items()}
     state = {
-        _replace_suffix(name, unfused): tensor
+        replace_suffix(name, unfused): tensor
         for name, tensor in state.items()
         if not name.endswith("_extra_state")
     }
     out: dict[str, Tensor] = {}
     entries = list(table(model))
-    _refuse_unexpected(state, (entry.megatron for entry in entries), "Megatron")
+    shapes = shapes_of(state)
+    _refuse_unexpected(shapes, (entry.megatron for entry in entries), "Megatron")
     for entry in entries:
-        tensor = _take(state, entry.megatron, entry.shape, model.name)
-        out.update(zip(entry.hf, entry.split(tensor), strict=True))
+        _check_shape(shapes, entry.megatron, entry.shape, model.name)
+        out.update(zip(entry.hf, entry.split(state[entry.megatron]), strict=True))
     return out
 
 
@@ -190,18 +191,49 @@ def from_hf(
 ) -> dict[str, Tensor]:
     """HF `LlavaNextForConditionalGeneration` tensors -> Megatron parameters.
 
-    `fused_norms` names the norms as Transformer Engine layers do. A pooling head
-    (`vision_model.head.*`), which LLaVA-NeXT never uses, is left out with a note in the log.
-    Raises ValueError for a missing, unexpected or mis-shaped tensor.
+    `fused_norms` names the norms as Transformer Engine layers do.
+    Raises ValueError as `match_llava`.
     """
-    return _import(state, list(table(model)), _on_disk_name, model, fused_norms)
+    return _joined(state, match_llava(shapes_of(state), model), fused_norms)
 
 
 def from_hf_vision(
     state: Mapping[str, Tensor], model: ModelConfig, fused_norms: bool = False
 ) -> dict[str, Tensor]:
     """`SiglipVisionModel` (or the vision half of `SiglipModel`) -> `vision_tower.*` parameters."""
-    text_half = [name for name in state if name.startswith(("text_model.", "logit_"))]
+    return _joined(state, match_vision(shapes_of(state), model), fused_norms)
+
+
+def from_hf_text(
+    state: Mapping[str, Tensor], model: ModelConfig, fused_norms: bool = False
+) -> dict[str, Tensor]:
+    """`LlamaForCausalLM` -> `language_model.*` parameters."""
+    return _joined(state, match_text(shapes_of(state), model), fused_norms)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A Megatron tensor and the tensors of a checkpoint, by their names there, that make it up."""
+
+    entry: Entry
+    theirs: tuple[str, ...]
+
+
+def match_llava(shapes: Mapping[str, Shape], model: ModelConfig) -> list[Match]:
+    """A `LlavaNextForConditionalGeneration` checkpoint against the table.
+
+    A pooling head (`vision_model.head.*`), which LLaVA-NeXT never uses, is left out with a note in
+    the log; so are SigLIP's text half and buffers. Output layers that are tied to the embedding
+    take its rows, and are trained apart from it then. Vocabulary tables may have fewer rows than
+    `model.text.vocab_size` (`grow_vocabulary`).
+    Raises ValueError for a missing, unexpected or mis-shaped tensor.
+    """
+    return _match(shapes, list(table(model)), _on_disk_name, model)
+
+
+def match_vision(shapes: Mapping[str, Shape], model: ModelConfig) -> list[Match]:
+    """As `match_llava`, of a `SiglipVisionModel` or the vision half of a `SiglipModel`."""
+    text_half = [name for name in shapes if name.startswith(("text_model.", "logit_"))]
     if text_half:
         log.info("left out: %d tensors of SigLIP's text half", len(text_half))
 
@@ -209,35 +241,46 @@ def from_hf_vision(
         bare = name.removeprefix("vision_tower.").removeprefix("vision_model.")
         return f"vision_tower.vision_model.{bare}"
 
-    vision = {name: tensor for name, tensor in state.items() if name not in text_half}
-    return _import(vision, list(vision_table(model)), rename, model, fused_norms)
+    vision = {name: shape for name, shape in shapes.items() if name not in text_half}
+    return _match(vision, list(vision_table(model)), rename, model)
 
 
-def from_hf_text(
-    state: Mapping[str, Tensor], model: ModelConfig, fused_norms: bool = False
-) -> dict[str, Tensor]:
-    """`LlamaForCausalLM` -> `language_model.*` parameters.
-
-    Vocabulary tables with fewer rows than `model.text.vocab_size` grow: every new row is the mean
-    of the rows that are there, so that a new token begins as an average one.
-    """
+def match_text(shapes: Mapping[str, Shape], model: ModelConfig) -> list[Match]:
+    """As `match_llava`, of a `LlamaForCausalLM`."""
 
     def rename(name: str) -> str:
         return f"language_model.{name}"
 
-    return _import(state, list(text_table(model)), rename, model, fused_norms)
+    return _match(shapes, list(text_table(model)), rename, model)
 
 
-def _import(
-    state: Mapping[str, Tensor],
-    entries: list[Entry],
-    rename: Rename,
-    model: ModelConfig,
-    fused_norms: bool,
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Shapes of tensors in memory."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _joined(
+    state: Mapping[str, Tensor], matches: Iterable[Match], fused_norms: bool
 ) -> dict[str, Tensor]:
-    known: dict[str, Tensor] = {}
+    out = {}
+    for found in matches:
+        parts = [
+            grow_vocabulary(state[theirs], shape, name)
+            for theirs, name, shape in zip(
+                found.theirs, found.entry.hf, found.entry.shapes, strict=True
+            )
+        ]
+        name = found.entry.megatron
+        out[replace_suffix(name, FUSED_NORMS) if fused_norms else name] = found.entry.join(parts)
+    return out
+
+
+def _match(
+    shapes: Mapping[str, Shape], entries: list[Entry], rename: Rename, model: ModelConfig
+) -> list[Match]:
+    known: dict[str, str] = {}  # on-disk name -> name in the checkpoint
     heads = 0
-    for name, tensor in state.items():
+    for name in shapes:
         new = rename(name)
         if new.startswith("vision_tower.vision_model.head."):
             heads += 1
@@ -246,36 +289,65 @@ def _import(
         elif new in known:
             raise ValueError(f"tensor {new} is there twice (again as {name}); remove one of them")
         else:
-            known[new] = tensor
+            known[new] = name
     if heads:
         log.info(
             "left out: SigLIP's pooling head (%d tensors); LLaVA-NeXT has no use for it", heads
         )
-    _refuse_unexpected(known, (name for entry in entries for name in entry.hf), "Hugging Face")
-    out: dict[str, Tensor] = {}
+    table_shapes = {new: shapes[name] for new, name in known.items()}
+    _refuse_unexpected(table_shapes, (n for entry in entries for n in entry.hf), "Hugging Face")
+    embedding, head = VOCABULARY_TABLES
+    if head not in known and embedding in known:
+        log.info("the output layer is tied to the embedding: it begins with the same rows")
+        known[head] = known[embedding]
+        table_shapes[head] = table_shapes[embedding]
+    matches = []
     for entry in entries:
-        parts = []
         for name, shape in zip(entry.hf, entry.shapes, strict=True):
-            if name in VOCABULARY_TABLES and name in known:
-                known[name] = grow_vocabulary(known[name], shape, name)
-            parts.append(_take(known, name, shape, model.name))
-        name = _replace_suffix(entry.megatron, FUSED_NORMS) if fused_norms else entry.megatron
-        out[name] = entry.join(parts)
-    return out
+            if name in VOCABULARY_TABLES and name in table_shapes:
+                _check_growth(table_shapes[name], shape, name)
+                if table_shapes[name][0] < shape[0] and table_shapes[name][1:] == shape[1:]:
+                    continue
+            _check_shape(table_shapes, name, shape, model.name)
+        matches.append(Match(entry, tuple(known[name] for name in entry.hf)))
+    return matches
+
+
+def _check_growth(rows: Shape, shape: Shape, name: str) -> None:
+    if len(rows) == 2 and rows[1] == shape[1] and rows[0] > shape[0]:
+        raise ValueError(
+            f"tensor {name} has {rows[0]} rows, more than the {shape[0]} of the "
+            f"configuration; set model.text.vocab_size={rows[0]} or more"
+        )
 
 
 def grow_vocabulary(rows: Tensor, shape: Shape, name: str) -> Tensor:
-    """[v, hidden] -> [vocab_size, hidden], new rows being the mean of the old ones (in fp32)."""
-    if rows.dim() != 2 or rows.shape[1] != shape[1] or rows.shape[0] == shape[0]:
-        return rows  # nothing to grow, or a wrong shape that the caller reports
-    if rows.shape[0] > shape[0]:
-        raise ValueError(
-            f"tensor {name} has {rows.shape[0]} rows, more than the {shape[0]} of the "
-            f"configuration; set model.text.vocab_size={rows.shape[0]} or more"
-        )
-    mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+    """[v, hidden] -> [vocab_size, hidden]: every new row is the mean of the old ones, so that a new
+    token begins as an average one."""
+    if name not in VOCABULARY_TABLES or rows.shape[0] == shape[0]:
+        return rows
     log.info("%s grows from %d to %d rows (mean row)", name, rows.shape[0], shape[0])
-    return torch.cat([rows, mean.expand(shape[0] - rows.shape[0], -1)])
+    new = mean_row([rows]).expand(shape[0] - rows.shape[0], -1)
+    return torch.cat([rows, new.to(rows.dtype)])
+
+
+def mean_row(blocks: Iterable[Tensor]) -> Tensor:
+    """Mean of all rows of the blocks, [1, hidden] in float64; how they are cut does not matter to
+    any dtype that weights have."""
+    total, count = torch.zeros(1, dtype=torch.float64), 0
+    for block in blocks:
+        total = total + block.double().sum(dim=0, keepdim=True)
+        count += len(block)
+    return total / count
+
+
+def new_style_name(name: str) -> str:
+    """An on-disk name of 4.57.6 as the model in memory has it, and as 5.x may write it."""
+    if name == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    if name.startswith("language_model.model."):
+        return name.replace("language_model.model.", "model.language_model.", 1)
+    return f"model.{name}"
 
 
 def _on_disk_name(name: str) -> str:
@@ -291,34 +363,33 @@ def _on_disk_name(name: str) -> str:
     return name
 
 
-def _replace_suffix(name: str, suffixes: Mapping[str, str]) -> str:
+def replace_suffix(name: str, suffixes: Mapping[str, str]) -> str:
+    """`name` with the first of the suffixes that it ends with replaced."""
     for old, new in suffixes.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
 
 
-def _take(state: Mapping[str, Tensor], name: str, shape: Shape, model: str) -> Tensor:
-    if name not in state:
+def _check_shape(shapes: Mapping[str, Shape], name: str, shape: Shape, model: str) -> None:
+    if name not in shapes:
         raise ValueError(
             f"tensor {name} is missing; model={model} expects it with shape {list(shape)}: "
             "give the complete checkpoint, or correct the model configuration (layers, bias)"
         )
-    tensor = state[name]
-    if tuple(tensor.shape) != shape:
+    if shapes[name] != shape:
         raise ValueError(
-            f"tensor {name} has shape {list(tensor.shape)}, but model={model} expects "
+            f"tensor {name} has shape {list(shapes[name])}, but model={model} expects "
             f"{list(shape)}; change the model configuration to the checkpoint's sizes"
         )
-    return tensor
 
 
-def _refuse_unexpected(state: Mapping[str, Tensor], names: Iterable[str], side: str) -> None:
-    unexpected = sorted(set(state) - set(names))
+def _refuse_unexpected(shapes: Mapping[str, Shape], names: Iterable[str], side: str) -> None:
+    unexpected = sorted(set(shapes) - set(names))
     if unexpected:
         first = unexpected[0]
         more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
         raise ValueError(
-            f"unexpected {side} tensor {first} {list(state[first].shape)}{more}: the checkpoint "
+            f"unexpected {side} tensor {first} {list(shapes[first])}{more}: the checkpoint "
             "is of another architecture or has more layers; change the model configuration"
         )

@@ -68,10 +68,22 @@ def check_metadata(directory: Path) -> None:
     Raises:
         CheckpointError: naming the file and what it wanted to load.
     """
+    read_metadata(directory)
+
+
+def read_metadata(directory: Path) -> Any:
+    """The checkpoint's index, a `torch.distributed.checkpoint.metadata.Metadata`.
+
+    Raises:
+        CheckpointError: as `check_metadata`, or it is no such index.
+    """
     path = directory / ".metadata"
     try:
         with open(path, "rb") as file:
-            _MetadataUnpickler(file).load()
+            metadata = _MetadataUnpickler(file).load()
+        if not hasattr(metadata, "state_dict_metadata") or not metadata.storage_data:
+            raise ValueError("it lists no tensors")
+        return metadata
     except (
         pickle.UnpicklingError,
         EOFError,

@@ -1,35 +1,50 @@
-"""A stage's checkpoint -> a complete Hugging Face directory.
+"""A stage's checkpoint -> a complete Hugging Face directory, on any machine, in little memory.
 
     python -m tools.hf_export stage=runs/NAME/stage2 out=DIR [tokenizer=DIR] [dtype=bfloat16]
+        [names=new] [workers=4]
 
 The directory loads with `AutoProcessor` and `AutoModelForImageTextToText` of transformers 4.57.6
-(`LlavaNextForConditionalGeneration`). It is written aside and renamed into place. The tokenizer is
-the one of the run's `import/` unless named; its digest must be the one the stage was trained with.
+(`LlavaNextForConditionalGeneration`). Weights go tensor by tensor, whatever layout wrote them; an
+export that was killed goes on where it stopped when the same command is given again. It is written
+aside and renamed into place. The tokenizer is the one of the run's `import/` unless named; its
+digest must be the one the stage was trained with.
 """
 
+import fcntl
+import hashlib
 import json
 import os
-import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from conf.compose import compose, from_mapping, load, to_mapping
 from conf.schema import ModelConfig, PrecisionConfig
 from data_shards.chat import ChatTokenizer
 from data_shards.durable import sync_directory
-from models.hf_state import to_hf
+from models.hf_state import new_style_name, table
+from pipeline.checkpoint_tensors import CheckpointTensors
 from pipeline.handoff import Done, read_done
+from pipeline.manifest import read_manifest, verify_files
 from tools.command import required, run, split_arguments
+from tools.export_weights import STATE, Rename, plan_files, write_files
 from tools.hf_config import TRANSFORMERS, llava_config
 from tools.processor_files import special_ids, write_processor, write_tokenizer
-from tools.safetensors_files import SHARD_BYTES, write_weights
-from tools.single_process import parameters, whole_model
+from tools.safetensors_files import SHARD_BYTES
 
-USAGE = "python -m tools.hf_export stage=runs/NAME/stage2 out=DIR [tokenizer=DIR] [dtype=...]"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+USAGE = (
+    "python -m tools.hf_export stage=runs/NAME/stage2 out=DIR [tokenizer=DIR] [dtype=...] "
+    "[names=legacy|new] [workers=4]"
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAMES: dict[str, Rename] = {"legacy": str, "new": new_style_name}
+CHECKSUMS = "SHA256SUMS"  # `sha256sum -c` reads it
+FORMAT = 1  # raise it when the same checkpoint would give other bytes
 _CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -69,78 +84,119 @@ def precision_of(stage: Path) -> PrecisionConfig:
     return load(path).precision if path.is_file() else PrecisionConfig()
 
 
-def stage_tensors(stage: Path) -> tuple[Done, ModelConfig, dict[str, Tensor]]:
-    """Hand-off record, model and HF-named tensors (own copies, on the CPU) of a finished stage.
+@dataclass(frozen=True)
+class Request:
+    """What to write, and how."""
 
-    Raises ValueError for an unfinished stage or a damaged checkpoint.
+    stage: Path
+    out: Path
+    tokenizer: Path | None = None  # None: the one of the run's import
+    dtype: torch.dtype | None = None  # None: the checkpoint's own
+    names: str = "legacy"
+    workers: int = 2
+    shard_bytes: int = SHARD_BYTES
+
+
+def export(request: Request) -> None:
+    """Write every file of the export into `request.out`, which must not exist.
+
+    Raises:
+        ValueError: `out` exists, the stage is unfinished, its checkpoint damaged, or the tokenizer
+            is not its own. Nothing stands under the name `out`.
     """
-    from pipeline.checkpoint import load_model
-
-    done = read_done(stage)
-    model = model_of(done, stage)
-    with whole_model(model, precision_of(stage)) as network:
-        load_model([network], stage / done.checkpoint)
-        tensors = to_hf(parameters(network), model)
-        return done, model, {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-
-
-def write_export(
-    tensors: dict[str, Tensor],
-    model: ModelConfig,
-    done: Done,
-    tokenizer: Path,
-    out: Path,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write every file of the export into `out`, which must not exist, by one rename.
-
-    Raises ValueError when `out` exists or the tokenizer is not the stage's own.
-    """
+    out = request.out
     if out.exists():
         raise ValueError(f"{out} exists already; remove it or choose another out=")
-    digest = ChatTokenizer.from_directory(tokenizer).digest()
-    if digest != done.tokenizer_digest:
+    done = read_done(request.stage)
+    model = model_of(done, request.stage)
+    tokenizer = request.tokenizer or default_tokenizer(request.stage)
+    if ChatTokenizer.from_directory(tokenizer).digest() != done.tokenizer_digest:
         raise ValueError(
             f"{tokenizer} is not the tokenizer that {done.stage} was trained with; "
             "name that one with tokenizer=DIR"
         )
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    ids = special_ids(tokenizer)
-    generation = {"_from_model_config": True, **ids, "transformers_version": TRANSFORMERS}
+    checkpoint = request.stage / done.checkpoint
+    verify_checkpoint(checkpoint, request.workers)
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir()
-        write_weights(tensors, aside, shard_bytes)
-        for name, value in (
-            ("config.json", llava_config(model, ids, dtype)),
-            ("generation_config.json", {k: v for k, v in generation.items() if v is not None}),
-        ):
-            (aside / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        for change in write_tokenizer(tokenizer, aside, model.text.max_positions):
-            print(f"note: {change}")
-        write_processor(model, aside)
-        (aside / "README.md").write_text(_card(tensors, model, done, dtype), encoding="utf-8")
-        for path in aside.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+    aside = out.with_name(f".{out.name}.partial")
+    with _alone(aside), CheckpointTensors(checkpoint) as source:
+        dtype = request.dtype or source.dtype("image_newline")
+        rename = NAMES[request.names]
+        files = plan_files(model, dtype, rename, request.shard_bytes)
+        facts = [FORMAT, done.checkpoint_digest, str(dtype), request.names, request.shard_bytes]
+        identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        digests = write_files(source, model, files, rename, aside, identity, request.workers, _say)
+        _write_small_files(tokenizer, model, done, dtype, aside)
+        _write_checksums(aside, dict(digests))
+        (aside / STATE).unlink()
         sync_directory(aside)
         aside.rename(out)
         sync_directory(out.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
-def export(stage: Path, out: Path, tokenizer: Path | None = None, dtype: str | None = None) -> None:
-    """Export a finished stage directory; see `write_export` and `stage_tensors` for errors."""
-    if out.exists():
-        raise ValueError(f"{out} exists already; remove it or choose another out=")
-    done, model, tensors = stage_tensors(stage)
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype} is none of {', '.join(DTYPES)}")
-        tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
-    write_export(tensors, model, done, tokenizer or default_tokenizer(stage), out)
+def verify_checkpoint(directory: Path, workers: int) -> None:
+    """Every file against MANIFEST.json, some at a time. Raises CheckpointError."""
+    manifest = read_manifest(directory)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        checks = [pool.submit(verify_files, directory, manifest, [name]) for name in manifest.files]
+        for check in checks:
+            check.result()
+
+
+def _write_small_files(
+    tokenizer: Path, model: ModelConfig, done: Done, dtype: torch.dtype, aside: Path
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    ids = special_ids(tokenizer)
+    generation = {"_from_model_config": True, **ids, "transformers_version": TRANSFORMERS}
+    for file, value in (
+        ("config.json", llava_config(model, ids, name)),
+        ("generation_config.json", {k: v for k, v in generation.items() if v is not None}),
+    ):
+        (aside / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    for change in write_tokenizer(tokenizer, aside, model.text.max_positions):
+        print(f"note: {change}")
+    write_processor(model, aside)
+    (aside / "README.md").write_text(_card(model, done, name), encoding="utf-8")
+
+
+def _write_checksums(folder: Path, digests: dict[str, str]) -> None:
+    """SHA256SUMS of every file, all of which are flushed to disk."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in digests and path.name != STATE:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+    with open(folder / CHECKSUMS, "w", encoding="utf-8") as sums:
+        sums.writelines(lines)
+        sums.flush()
+        os.fsync(sums.fileno())
+
+
+@contextmanager
+def _alone(aside: Path) -> Iterator[None]:
+    """The folder aside, for this process only; its lock goes with the process."""
+    lock = aside.with_name(f"{aside.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{aside} is being written by another export; wait for it") from None
+        if aside.is_symlink() or (aside.exists() and not aside.is_dir()):
+            raise ValueError(f"{aside} is in the way; remove it")
+        aside.mkdir(exist_ok=True)
+        try:
+            yield
+        finally:
+            if aside.is_dir() and not any(aside.iterdir()):  # nothing that could be gone on with
+                aside.rmdir()
+            if not aside.exists():
+                lock.unlink(missing_ok=True)
+
+
+def _say(message: str) -> None:
+    print(message, flush=True)
 
 
 def default_tokenizer(stage: Path) -> Path:
@@ -151,14 +207,14 @@ def default_tokenizer(stage: Path) -> Path:
     raise ValueError(f"no import/tokenizer beside {stage}; name it with tokenizer=DIR")
 
 
-def _card(tensors: dict[str, Tensor], model: ModelConfig, done: Done, dtype: str) -> str:
+def _card(model: ModelConfig, done: Done, dtype: str) -> str:
     from models.anyres import AnyresGeometry
 
     return _CARD.format(
         name=model.name,
         stage=done.stage,
         step=done.step,
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=sum(torch.Size(entry.shape).numel() for entry in table(model)),
         dtype=dtype,
         transformers=TRANSFORMERS,
         tile=model.vision.image_size,
@@ -170,12 +226,26 @@ def _card(tensors: dict[str, Tensor], model: ModelConfig, done: Done, dtype: str
 
 def main(arguments: list[str]) -> None:
     """Command line; see the module's docstring."""
-    ours, rest = split_arguments(arguments, ("stage", "out", "tokenizer", "dtype"))
+    words = ("stage", "out", "tokenizer", "dtype", "names", "workers")
+    ours, rest = split_arguments(arguments, words)
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}; usage: {USAGE}")
     stage, out = required(ours, "stage", USAGE), required(ours, "out", USAGE)
-    tokenizer = Path(ours["tokenizer"]) if ours.get("tokenizer") else None
-    export(stage, out, tokenizer, ours.get("dtype"))
+    for word, known in (("dtype", DTYPES), ("names", NAMES)):
+        if ours.get(word, next(iter(known))) not in known:
+            raise ValueError(f"{word}={ours[word]} is none of {', '.join(known)}")
+    workers = ours.get("workers", "2")
+    if not workers.isdigit() or int(workers) < 1:
+        raise ValueError(f"workers={workers} is not a positive whole number")
+    request = Request(
+        stage=stage,
+        out=out,
+        tokenizer=Path(ours["tokenizer"]) if ours.get("tokenizer") else None,
+        dtype=DTYPES[ours["dtype"]] if "dtype" in ours else None,
+        names=ours.get("names", "legacy"),
+        workers=int(workers),
+    )
+    export(request)
     print(f"exported {stage} to {out}")
 
 

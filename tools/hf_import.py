@@ -5,13 +5,16 @@
 
 The first form joins a SigLIP and a Llama-architecture checkpoint by a fresh connector; the second
 takes a whole `LlavaNextForConditionalGeneration`, connector and tokenizer included. Reads
-safetensors only. Every other `key=value` overrides the configuration (`model.text.rope_theta=...`,
-`precision=bf16`); `seed=` draws another connector.
+safetensors only, a tensor at a time: no GPU, little memory. Every other `key=value` overrides the
+configuration (`model.text.rope_theta=...`, `precision=bf16`); `seed=` draws another connector,
+`workers=` reads and writes that many tensors at once.
 """
 
 import logging
 import math
 import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,18 +25,27 @@ from conf.compose import compose, dump
 from conf.schema import Config, ModelConfig
 from data_shards.chat import ChatTokenizer
 from models.anyres import AnyresGeometry
-from models.hf_state import connector_table, from_hf, from_hf_text, from_hf_vision
+from models.hf_state import (
+    Match,
+    Shape,
+    connector_table,
+    match_llava,
+    match_text,
+    match_vision,
+)
+from pipeline.checkpoint_writer import LazyPart, write_checkpoint
 from pipeline.files import digest_and_fsync, write_atomically
 from pipeline.handoff import DONE, Done, write_done
-from pipeline.manifest import MANIFEST
+from pipeline.manifest import MANIFEST, Manifest
 from tools.command import required, run, split_arguments
 from tools.hf_config import check_llava, check_text, check_vision, read_config
+from tools.import_weights import lazy_parts, ready_part
 from tools.processor_files import import_tokenizer, special_ids, write_processor
-from tools.safetensors_files import read_weights
-from tools.single_process import fill, fuses_norms, whole_model
+from tools.safetensors_reader import SafetensorsDirectory
 
 USAGE = "python -m tools.hf_import model=NAME vision=DIR language=DIR tokenizer=DIR out=DIR"
-ARGUMENTS = ("vision", "language", "llava", "tokenizer", "out", "seed")
+ARGUMENTS = ("vision", "language", "llava", "tokenizer", "out", "seed", "workers")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INITIALIZER_RANGE = 0.02  # LlamaConfig.initializer_range, which LlavaNext takes for its linears
 
 
@@ -54,26 +66,24 @@ def fresh_connector(model: ModelConfig, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def read_backbones(
-    vision: Path, language: Path, model: ModelConfig, seed: int, fused_norms: bool
-) -> dict[str, Tensor]:
-    """Megatron tensors of the whole network from two backbones and a fresh connector.
-
-    Raises ValueError, naming the file, for a checkpoint that `model` does not describe.
-    """
-    tensors: dict[str, Tensor] = {}
-    for directory, convert in ((vision, from_hf_vision), (language, from_hf_text)):
-        try:
-            tensors.update(convert(read_weights(directory), model, fused_norms))
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from error
-    return {**tensors, **fresh_connector(model, seed)}
+def stacked_layers(model: ModelConfig) -> dict[str, int]:
+    """Layers of each block that Megatron stacks in a checkpoint."""
+    return {
+        "vision_tower.encoder.layers": model.vision.layers_used,
+        "language_model.decoder.layers": model.text.layers,
+    }
 
 
-def read_llava(directory: Path, model: ModelConfig, fused_norms: bool) -> dict[str, Tensor]:
-    """Megatron tensors of the whole network from a LLaVA-NeXT checkpoint."""
+def _matched(
+    directory: Path,
+    match: Callable[[Mapping[str, Shape], ModelConfig], list[Match]],
+    model: ModelConfig,
+    opened: ExitStack,
+) -> tuple[SafetensorsDirectory, list[Match]]:
+    """A checkpoint's tensors against the table; ValueError names the directory."""
     try:
-        return from_hf(read_weights(directory), model, fused_norms)
+        source = opened.enter_context(SafetensorsDirectory(directory))
+        return source, match(source.shapes(), model)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
 
@@ -86,6 +96,7 @@ def import_model(
     language: Path | None = None,
     llava: Path | None = None,
     seed: int = 1234,
+    workers: int = 2,
 ) -> Path:
     """Write the stage directory `out`: checkpoint, tokenizer/, processor/, config.yaml, DONE.json.
 
@@ -93,8 +104,6 @@ def import_model(
     `language`. Returns the checkpoint's directory.
     Raises ValueError or OSError; without DONE.json nothing is used, so running again is safe.
     """
-    from pipeline.checkpoint import TrainingState, save
-
     model = config.model
     model.check()
     if llava is not None:
@@ -117,19 +126,35 @@ def import_model(
     (out / "processor").mkdir(exist_ok=True)
     write_processor(model, out / "processor")
     write_atomically(out / "config.yaml", dump(config).encode())
-    with whole_model(model, config.precision, seed) as network:
-        fused = fuses_norms(network)
+    dtype = DTYPES[config.precision.params]
+    with ExitStack() as opened:
         if llava is not None:
-            tensors = read_llava(llava, model, fused)
+            wanted = [(llava, match_llava)]
         else:
             assert vision is not None and language is not None
-            tensors = read_backbones(vision, language, model, seed, fused)
-        fill(network, tensors)
-        count = sum(tensor.numel() for tensor in tensors.values())
-        print(f"read {len(tensors)} tensors, {count:,} parameters; eos token {ids['eos_token_id']}")
-        layout = {"world_size": 1, "tensor": 1, "pipeline": 1, "context": 1}
-        state = TrainingState([network], None, None, layout, "import", "import", "import")
-        checkpoint = save(state, out, keep=1)
+            wanted = [(vision, match_vision), (language, match_text)]
+        layers = stacked_layers(model)
+        parts: list[LazyPart] = []
+        # All of them are compared before anything is written.
+        found = [_matched(directory, match, model, opened) for directory, match in wanted]
+        for source, matches in found:
+            parts += lazy_parts(source, matches, dtype, layers)
+        if llava is None:
+            fresh = fresh_connector(model, seed)
+            parts += [ready_part(name, tensor, dtype) for name, tensor in fresh.items()]
+        count = sum(torch.Size(part.shape).numel() for part in parts)
+        tensors = len({part.name for part in parts})
+        print(f"{tensors} tensors, {count:,} parameters; eos token {ids['eos_token_id']}")
+        manifest = Manifest(
+            step=0,
+            samples=0,
+            plan_digest="import",
+            config_digest="import",
+            layout={"world_size": 1, "tensor": 1, "pipeline": 1, "context": 1},
+            code_version="import",
+            files={},
+        )
+        checkpoint = write_checkpoint(parts, out, manifest, workers)
     done = Done(
         stage="import",
         number=0,
@@ -157,8 +182,9 @@ def main(arguments: list[str]) -> None:
     if (out / DONE).is_file():
         print(f"{out} is already imported; remove it to import again")
         return
-    if not ours.get("seed", "0").isdigit():
-        raise ValueError(f"seed={ours['seed']} is not a whole number")
+    for word in ("seed", "workers"):
+        if not ours.get(word, "1").isdigit() or ours.get(word) == "0":
+            raise ValueError(f"{word}={ours[word]} is not a positive whole number")
     # What the state-dict adapter left out or enlarged.
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stdout)
     logging.getLogger("models.hf_state").setLevel(logging.INFO)
@@ -170,6 +196,7 @@ def main(arguments: list[str]) -> None:
         language=language,
         llava=llava,
         seed=int(ours.get("seed") or 1234),
+        workers=int(ours.get("workers") or 2),
     )
     print(f"imported into {checkpoint}")
 

@@ -147,9 +147,9 @@ def _remove(export: Path, _known: bool) -> None:
 
 
 def _export(stage_directory: Path, out: Path) -> None:
-    from tools.hf_export import export
+    from tools.hf_export import Request, export
 
-    export(stage_directory, out)
+    export(Request(stage_directory, out))
 
 
 def _score_dev(directory: Path, stage: str) -> None:

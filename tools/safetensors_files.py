@@ -18,7 +18,36 @@ from pipeline.files import digest_and_fsync, read_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # what transformers 4.57.6 uses
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
-_REMEDY = "get the checkpoint again"
+REMEDY = "get the checkpoint again"
+
+
+def files_of(directory: Path) -> tuple[dict[str, str], list[Path]]:
+    """(tensor name -> file name as the index promises, files) of a checkpoint directory.
+
+    Raises ValueError (missing or pickled weights, damaged index), naming file and remedy.
+    """
+    if not directory.is_dir():
+        raise ValueError(
+            f"{directory} is not a directory; give a Hugging Face checkpoint directory"
+        )
+    if (directory / SINGLE).is_file():
+        return {}, [directory / SINGLE]
+    if not (directory / INDEX).is_file():
+        if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
+            raise ValueError(
+                f"{directory} holds pickled weights only, which can run code when read; "
+                "convert them to safetensors first (transformers: save_pretrained)"
+            )
+        raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}; {REMEDY}")
+    index = read_json(directory / INDEX, "the weights' index", REMEDY)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{directory / INDEX} has no weight_map; {REMEDY}")
+    promised = {str(name): str(file) for name, file in names.items()}
+    for file in sorted(set(promised.values())):
+        if not _SHARD_NAME.fullmatch(file):
+            raise ValueError(f"{directory / INDEX} names {file!r}, not a file of its own directory")
+    return promised, [directory / file for file in sorted(set(promised.values()))]
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
@@ -26,44 +55,26 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
     Raises ValueError (missing, damaged or pickled weights), naming file and remedy.
     """
-    if not directory.is_dir():
-        raise ValueError(
-            f"{directory} is not a directory; give a Hugging Face checkpoint directory"
-        )
-    if (directory / SINGLE).is_file():
-        return _read_file(directory / SINGLE)
-    if not (directory / INDEX).is_file():
-        if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
-            raise ValueError(
-                f"{directory} holds pickled weights only, which can run code when read; "
-                "convert them to safetensors first (transformers: save_pretrained)"
-            )
-        raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}; {_REMEDY}")
-    index = read_json(directory / INDEX, "the weights' index", _REMEDY)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{directory / INDEX} has no weight_map; {_REMEDY}")
+    promised, files = files_of(directory)
     tensors: dict[str, Tensor] = {}
-    for file in sorted({str(file) for file in names.values()}):
-        if not _SHARD_NAME.fullmatch(file):
-            raise ValueError(f"{directory / INDEX} names {file!r}, not a file of its own directory")
-        tensors.update(_read_file(directory / file))
-    absent = sorted(set(names) - set(tensors))
+    for file in files:
+        tensors.update(_read_file(file))
+    absent = sorted(set(promised) - set(tensors))
     if absent:
         raise ValueError(
             f"{directory / INDEX} promises tensor {absent[0]} ({len(absent)} in all), "
-            f"which {names[absent[0]]} does not hold; {_REMEDY}"
+            f"which {promised[absent[0]]} does not hold; {REMEDY}"
         )
     return tensors
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"{path} is missing; {_REMEDY}")
+        raise ValueError(f"{path} is missing; {REMEDY}")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); {_REMEDY}") from None
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
 
 
 def write_weights(

@@ -21,7 +21,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_parse() -> None:
     request = parse(
         ["task=validate", "run=r", "cluster=mn5", "cluster.hours=3", "+cluster.site.sbatch.x=y"]
-        + ["elements=5", "throttle=2", "hours=0.5", "dry=1", "only=[a,b]", "data.images.max_pixels=9"]
+        + [
+            "elements=5",
+            "throttle=2",
+            "hours=0.5",
+            "dry=1",
+            "only=[a,b]",
+            "data.images.max_pixels=9",
+        ]
     )
     assert request.asked.overrides == ("run=r", "data.images.max_pixels=9")
     assert len(request.overrides) == 5

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conf.compose import compose
@@ -18,7 +19,7 @@ from models.anyres import AnyresGeometry
 from models.hf_state import VOCABULARY_TABLES
 from pipeline.handoff import read_done
 from tests.tools.small_backbones import OVERRIDES, picture
-from tools import hf_export, hf_import
+from tools import export_weights, hf_export, hf_import
 from tools.command import run
 from tools.hf_answers import ExportedModel
 from tools.questions import Pair, Question
@@ -77,18 +78,78 @@ def test_import_of_the_export_comes_back_the_same(run_directory: Path, tmp_path:
         assert (run_directory / "hf" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
-def test_transformers_loads_an_export_in_several_files(run_directory: Path, tmp_path: Path) -> None:
-    done, model, tensors = hf_export.stage_tensors(run_directory / "import")
-    tokenizer = run_directory / "import" / "tokenizer"
-    hf_export.write_export(tensors, model, done, tokenizer, tmp_path / "hf", shard_bytes=60_000)
+@pytest.mark.parametrize("names", ["legacy", "new"])
+def test_transformers_loads_an_export_in_several_files(
+    run_directory: Path, tmp_path: Path, names: str
+) -> None:
+    stage = run_directory / "import"
+    request = hf_export.Request(stage, tmp_path / "hf", names=names, shard_bytes=60_000)
+    hf_export.export(request)
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
     assert not (tmp_path / "hf" / "model.safetensors").exists()
     loaded, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
-    embedding = loaded.get_input_embeddings().weight
-    assert torch.equal(embedding, tensors[VOCABULARY_TABLES[0]])
+    whole = AutoModelForImageTextToText.from_pretrained(run_directory / "hf").state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_the_file_is_the_librarys_own_bytes(run_directory: Path, tmp_path: Path) -> None:
+    save_file(read_weights(run_directory / "hf"), tmp_path / "x", metadata={"format": "pt"})
+    assert (tmp_path / "x").read_bytes() == (run_directory / "hf/model.safetensors").read_bytes()
+    checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=run_directory / "hf")
+    assert checked.returncode == 0
+
+
+def test_killed_export_goes_on_after_its_last_whole_file(
+    run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = run_directory / "import"
+    request = hf_export.Request(stage, tmp_path / "hf", shard_bytes=60_000)
+    written: list[str] = []
+    original = export_weights._write_file
+
+    def dies_at_the_third(*arguments: Any) -> None:
+        file = arguments[2]
+        if len(written) == 2:
+            (tmp_path / ".hf.partial" / file.name).write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(file.name)
+        original(*arguments)
+
+    monkeypatch.setattr(export_weights, "_write_file", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        hf_export.export(request)
+    assert not request.out.exists() and len(written) == 2
+    again: list[str] = []
+
+    def counts(*arguments: Any) -> None:
+        again.append(arguments[2].name)
+        original(*arguments)
+
+    monkeypatch.setattr(export_weights, "_write_file", counts)
+    hf_export.export(request)
+    assert again and not set(again) & set(written)
+    tensors = read_weights(request.out)
+    whole = read_weights(run_directory / "hf")
+    assert set(tensors) == set(whole)
+    assert all(torch.equal(tensors[name], whole[name]) for name in whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_too_large_for_float16_is_said(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_directory / "hf", tmp_path / "loud")
+    tensors = read_weights(run_directory / "hf")
+    tensors["image_newline"][3] = 1e5
+    save_file(tensors, tmp_path / "loud/model.safetensors", metadata={"format": "pt"})
+    arguments = [*OVERRIDES, f"llava={tmp_path / 'loud'}", f"out={tmp_path / 'import'}"]
+    assert run(hf_import.main, arguments) == 0
+    export = [f"stage={tmp_path / 'import'}", f"out={tmp_path / 'hf'}", "dtype=float16"]
+    assert run(hf_export.main, export) == 1
+    assert "image_newline holds 1e+05, beyond float16" in capsys.readouterr().err
 
 
 def test_bf16_stays_bf16(run_directory: Path, tmp_path: Path) -> None:

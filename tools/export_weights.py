@@ -1,0 +1,186 @@
+"""A checkpoint's weights to safetensors files, tensor by tensor.
+
+Threads each hold one tensor, or one block of rows of a large one. A file that is whole is written
+down with its SHA-256, so that an export which was killed goes on after its last whole file.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.schema import ModelConfig
+from models.hf_state import FUSED_NORMS, Entry, replace_suffix, table
+from pipeline.checkpoint_tensors import CheckpointTensors
+from pipeline.files import digest_and_fsync, read_json, write_json
+from tools.safetensors_files import INDEX, SINGLE
+from tools.safetensors_stream import SafetensorsWriter, TensorSpec
+
+BLOCK_BYTES = 64 << 20  # of rows that one thread holds at a time
+STATE = "export_state.json"  # in the folder aside: what is being written, and what is whole
+Rename = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of the export."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+
+
+def plan_files(
+    model: ModelConfig, dtype: torch.dtype, rename: Rename, shard_bytes: int
+) -> list[WeightFile]:
+    """Tensors in the order of the table, a new file where the next would pass `shard_bytes`."""
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for entry in table(model):
+        for name, shape in zip(entry.hf, entry.shapes, strict=True):
+            spec = TensorSpec(rename(name), shape, dtype)
+            if groups[-1] and filled + spec.size > shard_bytes:
+                groups.append([])
+                filled = 0
+            groups[-1].append(spec)
+            filled += spec.size
+    if len(groups) == 1:
+        return [WeightFile(SINGLE, tuple(groups[0]))]
+    return [
+        WeightFile(f"model-{n:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for n, group in enumerate(groups, start=1)
+    ]
+
+
+def index_of(files: Sequence[WeightFile]) -> dict[str, object]:
+    """What `model.safetensors.index.json` holds."""
+    sizes = [spec.size for file in files for spec in file.tensors]
+    names = {spec.name: file.name for file in files for spec in file.tensors}
+    return {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(names.items()))}
+
+
+def write_files(
+    source: CheckpointTensors,
+    model: ModelConfig,
+    files: Sequence[WeightFile],
+    rename: Rename,
+    folder: Path,
+    identity: str,
+    workers: int,
+    say: Callable[[str], None],
+) -> Mapping[str, str]:
+    """Write the files that `folder` does not hold whole yet; returns name -> SHA-256 of all.
+
+    Args:
+        identity: of everything that decides the bytes; with another one all is written again.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint lacks a tensor, or a number does not fit.
+    """
+    done = _state(folder, identity)
+    for number, file in enumerate(files, start=1):
+        path = folder / file.name
+        if file.name in done and path.is_file():
+            say(f"{file.name}: whole already")
+            continue
+        _write_file(source, model, file, rename, path, workers)
+        done[file.name] = digest_and_fsync(path)[1]
+        write_json(folder / STATE, {"identity": identity, "whole": done})
+        say(f"{file.name} written, {number} of {len(files)}")
+    if len(files) > 1:
+        write_json(folder / INDEX, index_of(files))
+    return done
+
+
+def _state(folder: Path, identity: str) -> dict[str, str]:
+    path = folder / STATE
+    if path.is_file():
+        state = read_json(path, "the state of an export", f"remove {folder}")
+        if isinstance(state, dict) and state.get("identity") == identity:
+            return {str(name): str(digest) for name, digest in state["whole"].items()}
+    for leftover in folder.iterdir():
+        leftover.unlink()
+    write_json(path, {"identity": identity, "whole": {}})
+    return {}
+
+
+def _write_file(
+    source: CheckpointTensors,
+    model: ModelConfig,
+    file: WeightFile,
+    rename: Rename,
+    path: Path,
+    workers: int,
+) -> None:
+    wanted = {spec.name: spec.dtype for spec in file.tensors}
+    writer = SafetensorsWriter(path, file.tensors)
+    stop = threading.Event()
+
+    def copy(entry: Entry) -> None:
+        for name, first_row, rows in blocks(source, entry):
+            if stop.is_set():
+                return
+            theirs = rename(name)
+            if theirs in wanted:
+                writer.write(theirs, convert(rows, wanted[theirs], theirs), first_row)
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            tasks = [
+                pool.submit(copy, entry)
+                for entry in table(model)
+                if any(rename(name) in wanted for name in entry.hf)
+            ]
+            finished, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            for task in finished:
+                task.result()
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def blocks(source: CheckpointTensors, entry: Entry) -> Iterator[tuple[str, int, Tensor]]:
+    """(HF name, first row, rows) of one Megatron tensor, a bounded piece at a time."""
+    name = replace_suffix(entry.megatron, FUSED_NORMS)
+    if not source.has(name):
+        name = entry.megatron
+    if source.shape(name) != entry.shape:
+        raise ValueError(
+            f"tensor {name} has shape {list(source.shape(name))} in the checkpoint, its DONE.json "
+            f"describes {list(entry.shape)}; one of the two is of another model"
+        )
+    if entry.query_groups:
+        for theirs, part in zip(entry.hf, entry.split(source.read(name)), strict=True):
+            yield theirs, 0, part
+        return
+    at = 0
+    for theirs, shape in zip(entry.hf, entry.shapes, strict=True):
+        row_bytes = max(torch.Size(shape[1:]).numel() * source.dtype(name).itemsize, 1)
+        step = max(BLOCK_BYTES // row_bytes, 1)
+        for first in range(0, shape[0], step):
+            count = min(step, shape[0] - first)
+            yield theirs, first, source.read(name, at + first, count)
+        at += shape[0]
+
+
+def convert(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`rows` in `dtype`.
+
+    Raises:
+        ValueError: a number beyond FP16's range.
+    """
+    if rows.dtype == dtype:
+        return rows
+    converted = rows.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(converted).equal(torch.isfinite(rows)):
+        raise ValueError(
+            f"tensor {name} holds {rows.abs().max().item():.4g}, beyond float16's 65504; use "
+            "dtype=bfloat16 or float32"
+        )
+    return converted
