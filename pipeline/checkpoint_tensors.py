@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -188,7 +188,9 @@ class CheckpointTensors:
         slice_file = _Slice(self._files[part.file], part.offset, part.length)
         try:
             # On the meta device nothing but shape and strides is read.
-            tensor: Any = torch.load(slice_file, map_location="meta", weights_only=True)
+            tensor: Any = torch.load(
+                cast(BinaryIO, slice_file), map_location="meta", weights_only=True
+            )
             slice_file.seek(0)
             with zipfile.ZipFile(slice_file) as archive:
                 (entry,) = [i for i in archive.infolist() if i.filename.endswith("/data/0")]
@@ -221,7 +223,7 @@ class CheckpointTensors:
         return part.offset + entry.header_offset + 30 + name + extra
 
     def _pread(self, file: str, into: Tensor, size: int, offset: int) -> None:
-        view = memoryview(into.view(torch.uint8).numpy().reshape(-1))
+        view = bytes_of(into)
         assert len(view) == size
         done = 0
         while done < size:
@@ -229,6 +231,12 @@ class CheckpointTensors:
             if not count:
                 raise CheckpointError(f"{self._directory / file} ends before byte {offset + size}")
             done += count
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, to read into or to write out."""
+    numbers: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(numbers)
 
 
 class _Slice:

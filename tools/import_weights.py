@@ -43,7 +43,8 @@ def lazy_parts(
     for match in matches:
         entry = match.entry
         name, layer = checkpoint_name(entry.megatron)
-        whole, lead = entry.shape, ()
+        whole: tuple[int, ...] = entry.shape
+        lead: tuple[int, ...] = ()
         if layer is not None:
             block = name[: name.index(".layers") + len(".layers")]
             whole, lead = (layers[block], *entry.shape), (layer,)

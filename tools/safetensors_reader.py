@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.checkpoint_tensors import bytes_of
 from tools.safetensors_files import REMEDY, files_of
 
 _DTYPES = {
@@ -97,7 +98,7 @@ class SafetensorsDirectory:
             assert 0 <= first_row and first_row + rows <= place.shape[0], name
             out = torch.empty((rows, *place.shape[1:]), dtype=place.dtype)
             row_bytes = torch.Size(place.shape[1:]).numel() * place.dtype.itemsize
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        view = bytes_of(out)
         offset = place.offset + first_row * row_bytes
         while view:
             count = os.preadv(self._descriptors[place.file], [view], offset)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint_tensors import bytes_of
+
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -69,7 +71,7 @@ class SafetensorsWriter:
         assert rows.dtype == spec.dtype and tuple(rows.shape[1:]) == spec.shape[1:], name
         assert first_row + len(rows) <= spec.shape[0], name
         row_bytes = math.prod(spec.shape[1:]) * spec.dtype.itemsize
-        view = memoryview(rows.contiguous().view(torch.uint8).numpy().reshape(-1))
+        view = bytes_of(rows.contiguous())
         offset = self._data_at + at + first_row * row_bytes
         while view:
             count = os.pwrite(self._file.fileno(), view, offset)

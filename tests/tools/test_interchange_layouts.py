@@ -117,7 +117,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "parallel", LAYOUTS, ids=lambda p: f"TP{p.tensor} PP{p.pipeline}{p.pipeline_layers or str()}"
+    "parallel", LAYOUTS, ids=lambda p: f"TP{p.tensor} PP{p.pipeline}{p.pipeline_layers or ''}"
 )
 def test_every_layout_comes_back_the_same(
     small: Path, tmp_path: Path, parallel: ParallelConfig
