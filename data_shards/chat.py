@@ -177,6 +177,11 @@ class ChatTokenizer:
         plain = [int(token) for token in ids]
         return str(self._tokenizer.decode(plain, skip_special_tokens=skip_special_tokens))
 
+    def token_id(self, text: str) -> int | None:
+        """Id of a token, None where there is no such token."""
+        found: int | None = self._tokenizer.token_to_id(text)
+        return found
+
     def _automatic_prefix(self) -> list[int]:
         """What the tokenizer's post-processor puts before a text: nothing, or BOS."""
         prefix = list(self._tokenizer.encode("", add_special_tokens=True).ids)

@@ -124,7 +124,11 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError(f"source={ours['source']}: data.sources has {known}")
         path = Path(config.data.root) / ours["source"] / "manifest.parquet"
         report = validate(
-            read_manifest(path), first, last, config.data.images.max_pixels, config.data.build_workers
+            read_manifest(path),
+            first,
+            last,
+            config.data.images.max_pixels,
+            config.data.build_workers,
         )
         if ours["report"]:
             target = Path(ours["report"])

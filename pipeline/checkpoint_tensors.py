@@ -136,14 +136,25 @@ class CheckpointTensors:
         stored, layer = self.find(name)
         shape = self.shape(name)
         rows = shape[0] - first_row if rows is None else rows
-        wanted: Region = ((first_row, rows), *((0, size) for size in shape[1:]))
-        out = torch.empty((rows, *shape[1:]), dtype=self._tensors[stored].properties.dtype)
-        target = out
-        if layer is not None:
-            wanted, target = ((layer, 1), *wanted), out.unsqueeze(0)
-        filled = 0
-        for part in self._parts[stored]:
-            filled += self._fill(target, wanted, part, f"{stored} {list(part.start)}")
+        if layer is None:
+            return self.read_part(
+                stored, (first_row, *([0] * (len(shape) - 1))), (rows, *shape[1:])
+            )
+        start = (layer, first_row, *([0] * (len(shape) - 1)))
+        return self.read_part(stored, start, (1, rows, *shape[1:])).squeeze(0)
+
+    def read_part(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The box of `shape` at `start` of a tensor by its name in the checkpoint.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        out = torch.empty(shape, dtype=self._tensors[name].properties.dtype)
+        wanted = tuple(zip(start, shape, strict=True))
+        filled = sum(
+            self._fill(out, wanted, part, f"{name} {list(part.start)}")
+            for part in self._parts[name]
+        )
         if filled != out.numel():
             raise CheckpointError(
                 f"{self._directory} holds {filled} of the {out.numel()} numbers of {name}; it is "

@@ -171,8 +171,8 @@ def write_tokenizer(source: Path, target: Path, max_positions: int) -> list[str]
     return changes
 
 
-def write_processor(model: ModelConfig, target: Path) -> None:
-    """preprocessor_config.json and processor_config.json."""
+def processor_settings(model: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Contents of preprocessor_config.json and processor_config.json, by file name."""
     side = model.vision.image_size
     image_processor = {
         "crop_size": {"height": side, "width": side},
@@ -198,8 +198,13 @@ def write_processor(model: ModelConfig, target: Path) -> None:
         "processor_class": "LlavaNextProcessor",
         "vision_feature_select_strategy": "full",
     }
-    _write_json(target / "preprocessor_config.json", image_processor)
-    _write_json(target / "processor_config.json", processor)
+    return {"preprocessor_config.json": image_processor, "processor_config.json": processor}
+
+
+def write_processor(model: ModelConfig, target: Path) -> None:
+    """preprocessor_config.json and processor_config.json."""
+    for name, settings in processor_settings(model).items():
+        _write_json(target / name, settings)
 
 
 def _write_json(path: Path, value: Any, indent: int | None = 2) -> None:
