@@ -127,7 +127,7 @@ def export(request: Request) -> None:
         identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         digests = write_files(source, model, files, rename, aside, identity, request.workers, _say)
         _write_small_files(tokenizer, model, done, dtype, aside)
-        _write_checksums(aside, dict(digests))
+        write_checksums(aside, dict(digests))
         (aside / STATE).unlink()
         sync_directory(aside)
         aside.rename(out)
@@ -160,7 +160,7 @@ def _write_small_files(
     (aside / "README.md").write_text(_card(model, done, name), encoding="utf-8")
 
 
-def _write_checksums(folder: Path, digests: dict[str, str]) -> None:
+def write_checksums(folder: Path, digests: dict[str, str]) -> None:
     """SHA256SUMS of every file, all of which are flushed to disk."""
     for path in sorted(folder.iterdir()):
         if path.name not in digests and path.name != STATE:

@@ -124,11 +124,8 @@ def main(arguments: list[str]) -> None:
     """Command line; see the module's docstring."""
     ours, overrides = split_arguments(arguments, ("stage", "hf", "python", "tokens", "only"))
     stage, export = required(ours, "stage", USAGE), required(ours, "hf", USAGE)
-    if not ours.get("tokens", "1").isdigit() or ours.get("only", "") not in (
-        "",
-        "files",
-        "network",
-    ):
+    only = ours.get("only", "")
+    if not ours.get("tokens", "1").isdigit() or only not in ("", "files", "network"):
         raise ValueError(f"tokens= takes a number, only= files or network; {USAGE}")
     config = compose(overrides)
     if config.parallel.context > 1:
@@ -136,11 +133,11 @@ def main(arguments: list[str]) -> None:
     (export / CERTIFICATE).unlink(missing_ok=True)
     python = Path(ours.get("python") or sys.executable)
     tokens = int(ours.get("tokens") or GREEDY)
-    findings = check(stage, export, config, python, tokens, ours.get("only", ""))
+    findings = check(stage, export, config, python, tokens, only)
     failed = [finding.name for finding in findings if not finding.passed]
     if failed:
         raise ValueError(f"{export} is NOT the model of {stage}: {', '.join(failed)}")
-    if ours.get("only") or tokens < GREEDY:
+    if only or tokens < GREEDY:
         print("all of this is the same; a certificate needs every part and 64 tokens")
         return
     from transformers import __version__ as version

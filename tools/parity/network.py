@@ -193,6 +193,9 @@ def _greedy(ours: dict[str, Any], theirs: dict[str, Any], sides: Sides) -> Findi
     for name, arrays in theirs.items():
         ids, prompt = arrays["ids"], int(arrays["prompt"])
         chosen = ours[name]["top"][: len(ids), 0][prompt - 1 : -1]
+        if chosen.shape != ids[prompt:].shape:
+            problems.append(f"{name}: the prompts differ in length")
+            continue
         differing = np.flatnonzero(chosen != ids[prompt:])
         if len(differing):
             problems.append(f"{name}: token {int(differing[0])} of the answer is another")

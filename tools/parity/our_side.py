@@ -1,8 +1,8 @@
 """Chats of the gate as the trainer's micro-batches, with the tokenizer and tiles of the run."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +68,6 @@ class OurSide:
 
 def save_batch(path: Path, packed: PackedBatch, first: int) -> None:
     """What `megatron_rank` reads: the model's inputs and the first position to keep."""
-    arrays: Mapping[str, np.ndarray] = {name: getattr(packed, name) for name in _INPUTS}
+    arrays: dict[str, Any] = {name: getattr(packed, name) for name in _INPUTS}
     longest = np.diff(packed.cu_seqlens).max()
     np.savez(path, **arrays, max_seqlen=longest, first=np.array(first))
