@@ -228,7 +228,7 @@ def match_llava(shapes: Mapping[str, Shape], model: ModelConfig) -> list[Match]:
     `model.text.vocab_size` (`grow_vocabulary`).
     Raises ValueError for a missing, unexpected or mis-shaped tensor.
     """
-    return _match(shapes, list(table(model)), _on_disk_name, model)
+    return _match(shapes, list(table(model)), on_disk_name, model)
 
 
 def match_vision(shapes: Mapping[str, Shape], model: ModelConfig) -> list[Match]:
@@ -350,7 +350,8 @@ def new_style_name(name: str) -> str:
     return f"model.{name}"
 
 
-def _on_disk_name(name: str) -> str:
+def on_disk_name(name: str) -> str:
+    """The name on disk in 4.57.6 of a tensor under any of the names that it goes by."""
     if name == "lm_head.weight":
         return "language_model.lm_head.weight"
     if not name.startswith("model."):

@@ -81,8 +81,21 @@ class CheckpointTensors:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
         for file in self._files.values():
             file.close()
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor by its name in the checkpoint."""
+        return tuple(self._tensors[name].size)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor by its name in the checkpoint."""
+        dtype: torch.dtype = self._tensors[name].properties.dtype
+        return dtype
 
     def names(self) -> list[str]:
         """Every tensor, by its name in the checkpoint."""
