@@ -60,7 +60,7 @@ def _positive(config: Config) -> Iterator[str]:
     model, stage, parallel = config.model, config.stage, config.parallel
     named = {
         **{f"model.vision.{k}": v for k, v in vars(model.vision).items() if k != "feature_layer"},
-        **{f"model.text.{k}": v for k, v in vars(model.text).items()},
+        **{f"model.text.{k}": v for k, v in vars(model.text).items() if k != "rope_scaling"},
         **{f"parallel.{k}": getattr(parallel, k) for k in ("world_size", "tensor", "pipeline")},
         "parallel.context": parallel.context,
         "parallel.virtual_pipeline": parallel.virtual_pipeline,

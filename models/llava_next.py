@@ -14,6 +14,7 @@ from conf.schema import ModelConfig
 from models.connector import Connector
 from models.context_parallel import local_index
 from models.layer_specs import block_spec
+from models.rope_scaling import scaled_frequencies
 from models.tile_sharing import gather_shares, own_share
 from models.vision_tower import VisionTower
 from models.vocabulary_loss import Decoder
@@ -72,6 +73,8 @@ class LlavaNext(MegatronModule):
             vp_stage=vp_stage,
             loss_chunk=loss_chunk,
         )
+        rotary = self.language_model.rotary_pos_emb
+        rotary.inv_freq = scaled_frequencies(rotary.inv_freq, model.text.rope_scaling)
         self.position_embedding_type = self.language_model.position_embedding_type
         self.model_type = self.language_model.model_type
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema.errors import ConfigError
-from conf.schema.model import ModelConfig
+from conf.schema.model import ROPE_SCALINGS, ModelConfig, RopeScaling
 from models.anyres import AnyresGeometry
 from pipeline.files import read_json
 
@@ -83,15 +83,9 @@ def check_text(config: dict[str, Any], model: ModelConfig, path: Path) -> None:
     )
     rope = config.get("rope_parameters") or {}
     found["rope_theta"] = rope.get("rope_theta", found["rope_theta"])
-    scaling = config.get("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ConfigError(
-            f"{path}: rope_scaling={scaling} is not supported, only plain RoPE (rope_theta); "
-            "give a checkpoint without rope_scaling"
-        )
+    found["rope_scaling"] = rope_scaling(config, path)
     fixed = {
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
     }
@@ -110,12 +104,57 @@ def check_text(config: dict[str, Any], model: ModelConfig, path: Path) -> None:
         },
         path,
     )
+    if found["rope_scaling"] != text.rope_scaling:
+        fields = vars(found["rope_scaling"]).items()
+        wanted = " ".join(f"model.text.rope_scaling.{name}={value}" for name, value in fields)
+        raise ConfigError(f"{path}: another RoPE scaling than the model's; override with {wanted}")
     if found["vocab_size"] > text.vocab_size:
         raise ConfigError(
             f"{path}: vocab_size={found['vocab_size']} is more than the table's "
             f"{text.vocab_size} rows; override with model.text.vocab_size={found['vocab_size']} "
             "or more"
         )
+
+
+def rope_scaling(config: dict[str, Any], path: Path) -> RopeScaling:
+    """The scaling that a Llama configuration states, in the form of 4.57.6 or of 5.x.
+
+    Raises:
+        ConfigError: a kind that is not known here.
+    """
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    if kind == "default":
+        return RopeScaling()
+    if kind not in ROPE_SCALINGS:
+        raise ConfigError(
+            f"{path}: rope_scaling={stated} is not supported, only {', '.join(ROPE_SCALINGS[1:])}; "
+            "give a checkpoint with one of these or without"
+        )
+    factor = float(stated["factor"])
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    return RopeScaling(
+        kind,
+        factor,
+        float(stated["low_freq_factor"]),
+        float(stated["high_freq_factor"]),
+        int(stated["original_max_position_embeddings"]),
+    )
+
+
+def stated_scaling(scaling: RopeScaling) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json."""
+    if scaling.kind == "none":
+        return None
+    stated: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        stated |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
+    return stated
 
 
 def check_llava(config: dict[str, Any], model: ModelConfig, path: Path) -> None:
@@ -174,7 +213,7 @@ def llava_config(
             "num_key_value_heads": text.kv_heads,
             "pretraining_tp": 1,
             "rms_norm_eps": text.rms_norm_eps,
-            "rope_scaling": None,
+            "rope_scaling": stated_scaling(text.rope_scaling),
             "rope_theta": text.rope_theta,
             "tie_word_embeddings": False,
             "use_cache": True,

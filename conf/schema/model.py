@@ -5,6 +5,8 @@ from typing import Optional
 
 from conf.schema.errors import ConfigError
 
+ROPE_SCALINGS = ("none", "linear", "llama3")
+
 
 @dataclass
 class VisionConfig:
@@ -53,6 +55,30 @@ class VisionConfig:
 
 
 @dataclass
+class RopeScaling:
+    """How RoPE's frequencies are stretched beyond the lengths of pre-training; the kinds and their
+    numbers are those of transformers' `rope_scaling` (modeling_rope_utils.py)."""
+
+    kind: str = "none"  # none, linear, llama3
+    factor: float = 1.0
+    # llama3 only:
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def check(self) -> None:
+        if self.kind not in ROPE_SCALINGS:
+            raise ConfigError(
+                f"model.text.rope_scaling.kind={self.kind!r} is none of {', '.join(ROPE_SCALINGS)}"
+            )
+        if self.factor < 1 or self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"model.text.rope_scaling={self}: factor must be at least 1 and high_freq_factor "
+                "larger than low_freq_factor"
+            )
+
+
+@dataclass
 class TextConfig:
     """Llama-architecture decoder, as `LlamaConfig` in transformers 4.57.6."""
 
@@ -66,8 +92,10 @@ class TextConfig:
     max_positions: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # never guessed: import refuses a checkpoint that differs
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
 
     def check(self) -> None:
+        self.rope_scaling.check()
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"model.text.heads={self.heads} is not divisible by "

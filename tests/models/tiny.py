@@ -12,6 +12,7 @@ from conf.schema import ModelConfig, TextConfig, VisionConfig
 from models.anyres import NEWLINE, AnyresGeometry
 from models.hf_state import from_hf
 from models.vision_tower import pixel_table
+from tools.hf_config import stated_scaling
 
 
 def tiny_model(layers: int = 4, heads: int = 4, kv_heads: int = 2) -> ModelConfig:
@@ -67,6 +68,7 @@ def hf_twin(model: ModelConfig, seed: int = 0) -> Any:
             max_position_embeddings=text.max_positions,
             rms_norm_eps=text.rms_norm_eps,
             rope_theta=text.rope_theta,
+            rope_scaling=stated_scaling(text.rope_scaling),
             tie_word_embeddings=False,
         ),
         image_token_index=model.image_token_id,
