@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from pipeline.manifest import read_manifest, verify_files
 from tools.command import required, run, split_arguments
 from tools.export_weights import STATE, Rename, plan_files, write_files
 from tools.hf_config import TRANSFORMERS, llava_config
+from tools.model_card import render
 from tools.processor_files import special_ids, write_processor, write_tokenizer
 from tools.safetensors_files import SHARD_BYTES
 
@@ -45,31 +47,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NAMES: dict[str, Rename] = {"legacy": str, "new": new_style_name}
 CHECKSUMS = "SHA256SUMS"  # `sha256sum -c` reads it
 FORMAT = 1  # raise it when the same checkpoint would give other bytes
-_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-language: [pt, en]
----
-# {name}, after {stage}
-
-`LlavaNextForConditionalGeneration`, {parameters:,} parameters in {dtype}, written by AMALIA-VL's
-`tools.hf_export` from step {step} of {stage} in the layout of transformers {transformers}.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("DIRECTORY")
-model = AutoModelForImageTextToText.from_pretrained("DIRECTORY", dtype="auto")
-content = [{{"type": "image", "url": "picture.png"}}, {{"type": "text", "text": "O que se vê?"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}], add_generation_prompt=True, tokenize=True,
-    return_dict=True, return_tensors="pt")
-answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-Tiles of {tile} px, at most {tokens} image tokens a picture. Trained: {trained}; frozen: {frozen}.
-"""
 
 
 def model_of(done: Done, source: Path) -> ModelConfig:
@@ -95,6 +72,7 @@ class Request:
     names: str = "legacy"
     workers: int = 2
     shard_bytes: int = SHARD_BYTES
+    licence: str = ""  # of the model, as Hugging Face names it (apache-2.0); empty: not stated
 
 
 def export(request: Request) -> None:
@@ -126,7 +104,7 @@ def export(request: Request) -> None:
         facts = [FORMAT, done.checkpoint_digest, str(dtype), request.names, request.shard_bytes]
         identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         digests = write_files(source, model, files, rename, aside, identity, request.workers, _say)
-        _write_small_files(tokenizer, model, done, dtype, aside)
+        _write_small_files(request, tokenizer, model, done, dtype, aside)
         write_checksums(aside, dict(digests))
         (aside / STATE).unlink()
         sync_directory(aside)
@@ -144,7 +122,12 @@ def verify_checkpoint(directory: Path, workers: int) -> None:
 
 
 def _write_small_files(
-    tokenizer: Path, model: ModelConfig, done: Done, dtype: torch.dtype, aside: Path
+    request: "Request",
+    tokenizer: Path,
+    model: ModelConfig,
+    done: Done,
+    dtype: torch.dtype,
+    aside: Path,
 ) -> None:
     name = str(dtype).removeprefix("torch.")
     ids = special_ids(tokenizer)
@@ -157,7 +140,9 @@ def _write_small_files(
     for change in write_tokenizer(tokenizer, aside, model.text.max_positions):
         print(f"note: {change}")
     write_processor(model, aside)
-    (aside / "README.md").write_text(_card(model, done, name), encoding="utf-8")
+    parameters = sum(torch.Size(entry.shape).numel() for entry in table(model))
+    card = render(request.stage, done, model, parameters, name, request.licence)
+    (aside / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_checksums(folder: Path, digests: dict[str, str]) -> None:
@@ -207,26 +192,15 @@ def default_tokenizer(stage: Path) -> Path:
     raise ValueError(f"no import/tokenizer beside {stage}; name it with tokenizer=DIR")
 
 
-def _card(model: ModelConfig, done: Done, dtype: str) -> str:
-    from models.anyres import AnyresGeometry
-
-    return _CARD.format(
-        name=model.name,
-        stage=done.stage,
-        step=done.step,
-        parameters=sum(torch.Size(entry.shape).numel() for entry in table(model)),
-        dtype=dtype,
-        transformers=TRANSFORMERS,
-        tile=model.vision.image_size,
-        tokens=AnyresGeometry.from_model(model).max_tokens(),
-        trained=", ".join(done.trained) or "nothing yet",
-        frozen=", ".join(done.frozen) or "nothing",
-    )
+def _licence(name: str) -> str:
+    if not re.fullmatch(r"[a-zA-Z0-9.+-]*", name):
+        raise ValueError(f"licence={name!r}: a name as Hugging Face has it, such as apache-2.0")
+    return name
 
 
 def main(arguments: list[str]) -> None:
     """Command line; see the module's docstring."""
-    words = ("stage", "out", "tokenizer", "dtype", "names", "workers")
+    words = ("stage", "out", "tokenizer", "dtype", "names", "workers", "licence")
     ours, rest = split_arguments(arguments, words)
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}; usage: {USAGE}")
@@ -244,6 +218,7 @@ def main(arguments: list[str]) -> None:
         dtype=DTYPES[ours["dtype"]] if "dtype" in ours else None,
         names=ours.get("names", "legacy"),
         workers=int(workers),
+        licence=_licence(ours.get("licence", "")),
     )
     export(request)
     print(f"exported {stage} to {out}")
