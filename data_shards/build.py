@@ -82,7 +82,7 @@ def build_dataset(
         source=name,
         licence=source.licence,
         preference=source.preference,
-        max_pixels=data.images.max_pixels,
+        limits=data.images,
         tokenizer=data.tokenizer,
         geometry=geometry,
     )
@@ -291,7 +291,7 @@ def _inputs_digest(
         "licence": settings.licence,
         "preference": settings.preference,
         "name": settings.source,
-        "max_pixels": settings.max_pixels,
+        "images": vars(settings.limits),
         "shard_bytes": data.shard_bytes,
         "tokenizer": tokenizer_digest,
         "geometry": settings.geometry.digest(),

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from conf.schema.data import ImageLimits
 from data_shards.chat import ChatTokenizer
-from data_shards.images import StoredImage, store
+from data_shards.image_store import StoredImage, store
 from data_shards.sample import Sample, SampleError, parse_sample
 from data_shards.sources.rows import SourceRow
 from data_shards.variety import classify
@@ -18,7 +19,7 @@ class Settings:
     source: str
     licence: str
     preference: bool
-    max_pixels: int
+    limits: ImageLimits
     tokenizer: str  # directory
     geometry: AnyresGeometry
 
@@ -102,6 +103,6 @@ class Preparer:
 
 def _stored(data: bytes, number: int, settings: Settings) -> StoredImage:
     try:
-        return store(data, settings.max_pixels)
+        return store(data, settings.limits)
     except ValueError as error:
         raise SampleError(f"image {number}: {error}") from None
