@@ -30,6 +30,8 @@ READY = $(if $(PREPARED),,$(VENV)/.installed)
 # nemo-run brings a hundred packages; they stay out of VENV.
 VENV_REMOTE ?= .venv-remote
 REMOTE_READY = $(VENV_REMOTE)/.installed
+# energon, which training does not need; torch and the rest it shares with VENV.
+VENV_ENERGON ?= .venv-energon
 # $(call slurm,VERB,MODULE): the module here, or with REMOTE=user@host the verb there, over SSH.
 REMOTE ?=
 REMOTE_DIR ?=
@@ -46,7 +48,7 @@ HERE = $(if $(REMOTE),$(error REMOTE= goes with stage1, stage2, stage3, pipeline
 	steer and array; give `make $@` there))$(SHOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-remote demo test lint format shards stage1 stage2 stage3 pipeline status logs \
+.PHONY: help setup setup-remote setup-energon demo test lint format shards stage1 stage2 stage3 pipeline status logs \
 	cancel steer array import export eval plan dryrun profile bench report
 
 help: ## this list
@@ -84,6 +86,17 @@ $(VENV_REMOTE)/.installed: constraints-remote.txt
 	@echo 'installing nemo-run into $(VENV_REMOTE) (some minutes the first time)'
 	@$(VENV_REMOTE)/bin/python -m pip --disable-pip-version-check --quiet install \
 		-c constraints-remote.txt nemo-run leptonai
+	@touch $@
+
+setup-energon: $(VENV_ENERGON)/.installed ## make .venv-energon, to compare and check against energon
+
+$(VENV_ENERGON)/.installed: constraints-energon.txt | $(READY)
+	@test -x $(VENV_ENERGON)/bin/python || $(PY) -m venv $(VENV_ENERGON)
+	@echo 'installing energon into $(VENV_ENERGON)'
+	@$(VENV_ENERGON)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+		-r constraints-energon.txt
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > "$$($(VENV_ENERGON)/bin/python \
+		-c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/shared.pth"
 	@touch $@
 
 demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
