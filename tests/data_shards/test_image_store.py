@@ -48,8 +48,9 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
 
 
 def test_broken_exif_is_ignored() -> None:
-    data = toys.encoded(toys.picture(0, 20, 30), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    assert store(data, LIMIT).data == data
+    picture = toys.picture(0, 20, 30)
+    data = toys.encoded(picture, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert store(data, LIMIT).data == toys.encoded(picture, "JPEG")
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -102,7 +103,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def test_too_many_pixels_are_refused_before_decoding() -> None:
-    with pytest.raises(ImageError, match="exceeds limit|are more than"):
+    with pytest.raises(ImageError, match="are more than"):
         store(png_header(20_000, 20_000), LIMIT)
     with pytest.raises(ImageError, match="1001x1000 px are more than"):
         store(png_header(1001, 1000), LIMIT)
