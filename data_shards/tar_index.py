@@ -67,8 +67,11 @@ class TarSample:
     problem: str | None = None
 
 
-def scan(path: Path) -> Iterator[TarMember]:
+def scan(path: Path, start: int = 0) -> Iterator[TarMember]:
     """Every member of an archive in order, directories and volume labels left out.
+
+    Args:
+        start: byte at which a member's first header stands (`TarMember.header_offset`).
 
     Raises:
         TarError: the file cannot be read, is compressed, is cut short, or has a damaged header or
@@ -82,13 +85,13 @@ def scan(path: Path) -> Iterator[TarMember]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise TarError(f"{path} is no regular file; give the archive itself")
-        yield from _Scanner(path, descriptor, status.st_size).members()
+        yield from _Scanner(path, descriptor, status.st_size, start).members()
     finally:
         os.close(descriptor)
 
 
-def samples(path: Path) -> Iterator[TarSample]:
-    """The samples of an archive in order, grouped as webdataset groups them.
+def samples(path: Path, start: int = 0) -> Iterator[TarSample]:
+    """The samples of an archive from byte `start` on, grouped as webdataset groups them.
 
     What has a key but a problem is a sample with that problem, so that it can be put on record. A
     key that comes back after others is a problem of the later part.
@@ -98,7 +101,7 @@ def samples(path: Path) -> Iterator[TarSample]:
     """
     seen: set[int] = set()
     sample: TarSample | None = None
-    for member in scan(path):
+    for member in scan(path, start):
         key, extension = _split(member)
         if key is None:
             continue
@@ -153,9 +156,9 @@ def _problem_of(name: str) -> str | None:
 class _Scanner:
     """Walks one archive; `_at` is the byte up to which everything is explained."""
 
-    def __init__(self, path: Path, descriptor: int, size: int) -> None:
+    def __init__(self, path: Path, descriptor: int, size: int, start: int = 0) -> None:
         self._path, self._descriptor, self._size = path, descriptor, size
-        self._at = 0
+        self._at = start
 
     def members(self) -> Iterator[TarMember]:
         while True:

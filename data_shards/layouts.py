@@ -1,0 +1,383 @@
+"""Rows of any layout in common use, as one: chat messages, images in the order of their
+placeholders, and for a pair the two answers. `parse_sample` checks what comes out.
+
+What is done to a row, and nothing else:
+- `messages` are kept in their form, string or list content.
+- Other layouts get list content wherever a message holds an image: each "<image>" in a human turn
+  becomes an image item (with the newline that LLaVA writes after it). Elsewhere text stays text.
+- Images that no turn marks are put before the first question, as InternVL (internvl_chat_dpo.py)
+  and nanoVLM (data/datasets.py) do.
+- LLaVA conversations that open with an answer lose that answer, as in LLaVA's own preprocess_v1.
+- A caption is asked for by one of the prompts; which one depends on the row's number alone.
+
+Boxes of grounding data are part of the text and pass through as they are.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from conf.schema.data import SourceConfig
+from data_shards.layout_columns import CHATS, Columns, LayoutError, Rules, find
+from data_shards.sample import IMAGE_MARK, SampleError
+from data_shards.sources import json_text
+from data_shards.sources.rows import SourceRow, read_image
+
+MAX_LICENCE = 200  # characters
+_ROLES = {  # LLaVA's and ShareGPT's names
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_IMAGE_KEYS = ("image", "image_url", "path", "url", "bytes")
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a row holds; `messages`, `chosen` and `rejected` are yet to be checked.
+
+    Attributes:
+        images: encoded, in the order of their placeholders.
+        chosen, rejected: text or a list of one message; None unless the row is a pair.
+        licence: of the row, or of its source.
+        layout: which one it was.
+    """
+
+    messages: list[Message]
+    images: list[bytes]
+    chosen: Any
+    rejected: Any
+    licence: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """As `Fields`, with `references` for images: bytes, paths, or structs of them."""
+
+    messages: list[Message]
+    references: list[Any]
+    chosen: Any
+    rejected: Any
+    licence: str | None
+    layout: str
+
+
+def to_fields(row: SourceRow, source: SourceConfig) -> Fields:
+    """What one row of a source holds.
+
+    Raises:
+        SampleError: the row could not be read, fits no layout, or names images that cannot be read.
+    """
+    if row.problem is not None:
+        raise SampleError(row.problem)
+    chat = read_chat(row.values, Rules.of(source), row.number, len(row.attached))
+    if row.attached:
+        names = [name for name, _ in row.attached]
+        order = member_order(chat.references, names)
+        images = [row.attached[number][1] for number in order]
+    else:
+        images = [read_image(r, row.folder, f"image {n}") for n, r in enumerate(chat.references)]
+    licence = chat.licence or source.licence
+    return Fields(chat.messages, images, chat.chosen, chat.rejected, licence, chat.layout)
+
+
+def record_messages(
+    record: Any, rules: Rules, number: int, n_images: int
+) -> tuple[list[Message], Any, Any]:
+    """(messages, chosen, rejected) of the JSON member of a foreign shard.
+
+    Args:
+        number: what decides the prompt of a caption; the same whenever the sample is read.
+        n_images: image members of the sample.
+
+    Raises:
+        SampleError: the record fits no layout.
+    """
+    chat = read_chat(record, rules, number, n_images)
+    return chat.messages, chat.chosen, chat.rejected
+
+
+def member_order(references: Sequence[Any], names: Sequence[str]) -> list[int]:
+    """Which member of a WebDataset sample each image placeholder shows.
+
+    Args:
+        references: what the record says of its images; may be empty.
+        names: of the image members, in the order of the archive.
+
+    Returns:
+        Indices into `names`: as named, or where nothing is named in the natural order of the names.
+
+    Raises:
+        SampleError: several images, and the record's names are not those of the members.
+    """
+    natural = sorted(range(len(names)), key=lambda n: (len(names[n]), names[n]))
+    if not references or len(references) == len(names) == 1:
+        return natural
+    wanted = [_file_name(reference) for reference in references]
+    if None in wanted:
+        raise SampleError("its record holds images, and so does the archive beside it")
+    ends: dict[str, int] = {}
+    for number, name in enumerate(names):
+        base = PurePosixPath(name).name
+        ends[base] = ends[base.partition(".")[2]] = number
+    order = [ends.get(name, -1) for name in wanted if name is not None]
+    if -1 in order or len(set(order)) != len(names) or len(order) != len(names):
+        shown = ", ".join(str(name) for name in wanted[:4])
+        raise SampleError(
+            f"its record names images {shown}, the archive has {', '.join(names[:4])} beside it: "
+            "which is which is not said"
+        )
+    return order
+
+
+def read_chat(record: Any, rules: Rules, number: int, attached: int = 0) -> Chat:
+    """One row's chat.
+
+    Args:
+        record: column to value.
+        attached: images that come beside the record, not in it.
+
+    Raises:
+        SampleError: the row fits no layout.
+    """
+    if not isinstance(record, Mapping):
+        raise SampleError(f"the record is {type(record).__name__}, not a mapping")
+    try:
+        columns = find(record.keys(), rules, whole=False, beside=attached > 0)
+    except LayoutError as error:
+        raise SampleError(str(error)) from None
+    column = _images(columns.value(record, "images"))
+    chosen = rejected = None
+    if rules.preference:
+        chosen = _answer(columns.value(record, "chosen"))
+        rejected = _answer(columns.value(record, "rejected"))
+    layout = columns.layout
+    if layout in CHATS:
+        turns = _list(columns.value(record, "messages"), columns.of["messages"])
+        layout = _shape(turns, layout) if rules.layout == "auto" else layout
+        messages = _CONVERTERS[layout](turns)
+    elif layout == "caption":
+        prompt = rules.prompts[zlib.crc32(b"%d" % number) % len(rules.prompts)]
+        messages = _turns([("user", prompt), ("assistant", columns.value(record, "caption"))])
+    elif columns.value(record, "question") is None and rules.preference:
+        messages, chosen, rejected = _shared_prompt(chosen, rejected)
+    else:
+        messages = _question(columns.value(record, "question"))
+        if not rules.preference:
+            messages.append({"role": "assistant", "content": columns.value(record, "answer")})
+    messages, named = _take_images(messages)
+    references = _merge(named, column)
+    if not named:
+        messages = _mark(messages, len(references) or attached)
+    licence = _licence(columns.value(record, "licence"))
+    return Chat(messages, references, chosen, rejected, licence, layout)
+
+
+def _shape(turns: Sequence[Any], otherwise: str) -> str:
+    """The layout that the first turn shows."""
+    first = turns[0] if turns else None
+    if isinstance(first, Mapping):
+        if "from" in first:
+            return "conversations"
+        if "role" in first:
+            return "messages"
+        if "user" in first:
+            return "texts"
+    return otherwise
+
+
+def _messages(turns: Sequence[Any]) -> list[Message]:
+    return [dict(_mapping(turn, n)) for n, turn in enumerate(turns)]
+
+
+def _conversations(turns: Sequence[Any]) -> list[Message]:
+    pairs = []
+    for number, turn in enumerate(turns):
+        said = str(_mapping(turn, number).get("from"))
+        if said.lower() not in _ROLES:
+            raise SampleError(f"turn {number} is from {said[:60]!r}, none of {', '.join(_ROLES)}")
+        pairs.append((_ROLES[said.lower()], turn.get("value")))
+    start = 1 if pairs and pairs[0][0] == "system" else 0
+    if pairs[start:] and pairs[start][0] == "assistant":
+        del pairs[start]
+    return _turns(pairs)
+
+
+def _texts(turns: Sequence[Any]) -> list[Message]:
+    pairs = []
+    for number, turn in enumerate(turns):
+        for role in ("user", "assistant"):
+            pairs.append((role, _mapping(turn, number).get(role)))
+    return _turns(pairs)
+
+
+_CONVERTERS: dict[str, Callable[[Sequence[Any]], list[Message]]] = {
+    "messages": _messages,
+    "conversations": _conversations,
+    "texts": _texts,
+}
+
+
+def _turns(pairs: Sequence[tuple[str, Any]]) -> list[Message]:
+    """Messages; "<image>" in what a user says becomes an image item."""
+    return [
+        {"role": role, "content": _split(text) if role == "user" else text} for role, text in pairs
+    ]
+
+
+def _split(text: Any) -> Any:
+    if not isinstance(text, str) or IMAGE_MARK not in text:
+        return text
+    content: list[dict[str, str]] = []
+    for number, part in enumerate(text.split(IMAGE_MARK)):
+        if number:
+            content.append({"type": "image"})
+            part = part.removeprefix("\n")
+        if part:
+            content.append({"type": "text", "text": part})
+    return content
+
+
+def _question(value: Any) -> list[Message]:
+    if isinstance(value, (list, tuple)):
+        return _messages(value)  # TRL's conversational prompt
+    return _turns([("user", value)])
+
+
+def _shared_prompt(chosen: Any, rejected: Any) -> tuple[list[Message], Any, Any]:
+    """TRL's pairs with an implicit prompt: what both conversations begin with."""
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        raise SampleError("a pair without a question: chosen and rejected are no conversations")
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    return _messages(chosen[:same]), chosen[same:], rejected[same:]
+
+
+def _answer(value: Any) -> Any:
+    """Text, or a list of messages; a single message (LLaMA-Factory's pairs) becomes a list."""
+    if not isinstance(value, Mapping):
+        return list(value) if isinstance(value, tuple) else value
+    if "value" in value and "content" not in value:
+        return value["value"]
+    return [value]
+
+
+def _take_images(messages: list[Message]) -> tuple[list[Message], list[Any]]:
+    """Messages whose image items say no more than that, and what those items named (None where
+    they named nothing)."""
+    named: list[Any] = []
+    taken = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            items = []
+            for item in content:
+                if isinstance(item, Mapping) and item.get("type") in ("image", "image_url"):
+                    named.append(_named(item))
+                    items.append({"type": "image"})
+                else:
+                    items.append(item)
+            message = {**message, "content": items}
+        taken.append(message)
+    return taken, named
+
+
+def _named(item: Mapping[str, Any]) -> Any:
+    """What an image item names: OpenAI's image_url, Nemotron's and Qwen's image, or nothing."""
+    value = next((item[key] for key in _IMAGE_KEYS if item.get(key)), None)
+    if isinstance(value, Mapping):
+        return value.get("bytes") or value.get("path") or value.get("url")
+    return value
+
+
+def _merge(named: list[Any], column: list[Any]) -> list[Any]:
+    """References in the order of the placeholders, from the items or from the column."""
+    from_items = [reference for reference in named if reference is not None]
+    if not from_items:
+        return column
+    if len(from_items) < len(named):
+        raise SampleError("some image items name their image and others do not")
+    if column and len(column) != len(from_items):
+        raise SampleError(
+            f"{len(from_items)} images named in messages, but {len(column)} in the image column"
+        )
+    return from_items
+
+
+def _mark(messages: list[Message], images: int) -> list[Message]:
+    """Images that nothing marks go before the first question."""
+    if not images or any(_is_marked(message) for message in messages):
+        return messages
+    for number, message in enumerate(messages):
+        if message.get("role") == "user" and isinstance(message.get("content"), str):
+            text = message["content"]
+            content = [{"type": "image"}] * images
+            content += [{"type": "text", "text": text}] if text else []
+            marked = {**message, "content": content}
+            return [*messages[:number], marked, *messages[number + 1 :]]
+    return messages
+
+
+def _is_marked(message: Message) -> bool:
+    """Whether a user message says where its images are, or is written so that it would."""
+    content = message.get("content")
+    if message.get("role") != "user":
+        return False
+    return isinstance(content, list) or (isinstance(content, str) and IMAGE_MARK in content)
+
+
+def _images(value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    """A list of turns; JSON text is accepted for one."""
+    if isinstance(value, str):
+        try:
+            value = json_text.parse(value)
+        except ValueError as error:
+            raise SampleError(f"{name} is text, but {error}") from None
+    if not isinstance(value, (list, tuple)):
+        raise SampleError(f"{name} is {type(value).__name__}, not a list")
+    return list(value)
+
+
+def _mapping(turn: Any, number: int) -> Mapping[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise SampleError(f"turn {number} is {type(turn).__name__}, not a mapping")
+    return turn
+
+
+def _licence(value: Any) -> str | None:
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_LICENCE:
+        raise SampleError(f"the licence is not one line of at most {MAX_LICENCE} characters")
+    return value
+
+
+def _file_name(reference: Any) -> str | None:
+    if isinstance(reference, Mapping):
+        reference = reference.get("path") if not reference.get("bytes") else None
+    return PurePosixPath(reference).name if isinstance(reference, str) and reference else None
+
+
+__all__ = [
+    "Chat",
+    "Columns",
+    "Fields",
+    "Rules",
+    "member_order",
+    "read_chat",
+    "record_messages",
+    "to_fields",
+]
