@@ -120,6 +120,8 @@ def test_repeated_and_split_samples_are_named(tmp_path: Path) -> None:
         ("c", None),
         ("b", "its key b stands earlier in the archive already"),
     ]
+    third, last = list(samples(path))[2:]
+    assert list(samples(path, third.offset)) == [third, last]
 
 
 @pytest.mark.parametrize(
