@@ -67,11 +67,8 @@ class TarSample:
     problem: str | None = None
 
 
-def scan(path: Path, start: int = 0) -> Iterator[TarMember]:
+def scan(path: Path) -> Iterator[TarMember]:
     """Every member of an archive in order, directories and volume labels left out.
-
-    Args:
-        start: byte at which a member's first header stands (`TarMember.header_offset`).
 
     Raises:
         TarError: the file cannot be read, is compressed, is cut short, or has a damaged header or
@@ -85,23 +82,31 @@ def scan(path: Path, start: int = 0) -> Iterator[TarMember]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise TarError(f"{path} is no regular file; give the archive itself")
-        yield from _Scanner(path, descriptor, status.st_size, start).members()
+        yield from _Scanner(path, descriptor, status.st_size).members()
     finally:
         os.close(descriptor)
 
 
 def samples(path: Path, start: int = 0) -> Iterator[TarSample]:
-    """The samples of an archive from byte `start` on, grouped as webdataset groups them.
+    """The samples of an archive in order, grouped as webdataset groups them.
 
     What has a key but a problem is a sample with that problem, so that it can be put on record. A
     key that comes back after others is a problem of the later part.
 
+    Args:
+        start: `offset` of the first sample wanted. The headers before it are read all the same:
+            otherwise it would depend on `start` whether a repeated key is noticed.
+
     Raises:
         TarError: as `scan`.
     """
+    return (sample for sample in _grouped(path) if sample.offset >= start)
+
+
+def _grouped(path: Path) -> Iterator[TarSample]:
     seen: set[int] = set()
     sample: TarSample | None = None
-    for member in scan(path, start):
+    for member in scan(path):
         key, extension = _split(member)
         if key is None:
             continue
@@ -156,9 +161,9 @@ def _problem_of(name: str) -> str | None:
 class _Scanner:
     """Walks one archive; `_at` is the byte up to which everything is explained."""
 
-    def __init__(self, path: Path, descriptor: int, size: int, start: int = 0) -> None:
+    def __init__(self, path: Path, descriptor: int, size: int) -> None:
         self._path, self._descriptor, self._size = path, descriptor, size
-        self._at = start
+        self._at = 0
 
     def members(self) -> Iterator[TarMember]:
         while True:
