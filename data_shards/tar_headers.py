@@ -59,9 +59,10 @@ def parse_header(block: bytes) -> Header:
         raise HeaderError("no tar header (no size and no checksum in it)")
     said = _number(block[148:156], "checksum")
     blanked = block[:148] + b" " * 8 + block[156:]
-    signed = sum(byte - 256 if byte > 127 else byte for byte in blanked)  # as old Suns counted
-    if said not in (sum(blanked), signed):
-        raise HeaderError(f"its checksum says {said}, its bytes add up to {sum(blanked)}")
+    counted = sum(blanked)
+    # Old Suns counted bytes as signed.
+    if said != counted and said != counted - 256 * sum(byte > 127 for byte in blanked):
+        raise HeaderError(f"its checksum says {said}, its bytes add up to {counted}")
     magic, kind, name = block[257:265], block[156:157], block[:100].split(b"\0")[0]
     if magic not in (_USTAR, _GNU, _V7):
         raise HeaderError(f"unknown magic {magic!r}, neither USTAR nor GNU")
