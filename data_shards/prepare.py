@@ -1,44 +1,57 @@
-"""One source row to what the shard and the manifest need of it, or the reason for refusing it."""
+"""One source row to what its shard, the manifest and the search for duplicates need of it, or the
+reason for refusing it.
 
+A row is met twice: `examine` checks and measures everything; `members` makes the bytes of the shard
+again, and compares them with what was examined.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
-from conf.schema.data import ImageLimits
+from conf.schema.data import ImageLimits, SourceConfig
+from data_shards import jpeg_metadata, layouts, png_metadata
 from data_shards.chat import ChatTokenizer
+from data_shards.fingerprints import fingerprint
 from data_shards.image_store import StoredImage, store
 from data_shards.sample import Sample, SampleError, parse_sample
 from data_shards.sources.rows import SourceRow
 from data_shards.variety import classify
 from models.anyres import AnyresGeometry
 
+# First bytes -> extension and what takes metadata out, without decoding.
+_BARE: dict[bytes, tuple[str, Callable[[bytes], Any]]] = {
+    b"\xff\xd8": ("jpg", jpeg_metadata.take_apart),
+    b"\x89P": ("png", png_metadata.take_apart),
+}
+
 
 @dataclass(frozen=True)
 class Settings:
     """What decides the content of a data set besides its rows."""
 
-    source: str
-    licence: str
-    preference: bool
+    name: str  # of the source
+    source: SourceConfig
     limits: ImageLimits
     tokenizer: str  # directory
     geometry: AnyresGeometry
+    variety_model: str | None = None
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A good sample: `columns` are the manifest's, those of the shard position left out."""
+class Examined:
+    """A good sample: `row` has the columns of `examined.SCHEMA`."""
 
     number: int
-    key: str
-    record: bytes  # the JSON member
-    images: tuple[StoredImage, ...]
-    image_tiles: tuple[int, ...]
-    columns: dict[str, Any]
+    row: dict[str, Any]
+    fingerprint: dict[str, Any]
+    hits: Mapping[str, int]  # rule of the variety classifier -> how often it hit
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A bad sample, for the quarantine file."""
+    """A bad sample, for the quarantine."""
 
     number: int
     key: str
@@ -46,49 +59,131 @@ class Refused:
     reason: str
 
 
+@dataclass(frozen=True)
+class Content:
+    """One member of a shard: `extension` such as json or 0.jpg."""
+
+    extension: str
+    data: bytes
+    sha256: bytes
+
+
+class SourceChanged(ValueError):
+    """A row is not what it was when it was examined."""
+
+
+def key_of(number: int) -> str:
+    """Key of the sample of row `number`."""
+    return f"{number:09d}"
+
+
 class Preparer:
-    """Prepares rows; one in each worker process."""
+    """Prepares the rows of one source."""
 
-    def __init__(self, settings: Settings):
-        self._settings = settings
-        self._tokenizer = ChatTokenizer.from_directory(settings.tokenizer)
+    def __init__(self, settings: Settings, tokenizer: ChatTokenizer):
+        self._settings, self._tokenizer = settings, tokenizer
 
-    def __call__(self, rows: list[SourceRow]) -> list[Prepared | Refused]:
-        """Results in the order of `rows`."""
-        return [self._one(row) for row in rows]
-
-    def _one(self, row: SourceRow) -> Prepared | Refused:
-        key = f"{row.number:09d}"
+    def examine(self, row: SourceRow) -> Examined | Refused:
+        """Check everything about one row."""
         try:
-            if row.problem is not None:
-                raise SampleError(row.problem)
-            return self._prepare(row, key)
+            return self._examine(row)
         except ValueError as error:
-            return Refused(row.number, key, row.origin, " ".join(str(error).split()))
+            reason = " ".join(str(error).split())
+            return Refused(row.number, key_of(row.number), row.origin, reason)
 
-    def _prepare(self, row: SourceRow, key: str) -> Prepared:
-        settings, geometry = self._settings, self._settings.geometry
-        sample = parse_sample(
-            {**row.values, "messages": row.messages()},
-            row.images(),
-            key=key,
-            source=settings.source,
-            licence=settings.licence,
+    def members(self, row: SourceRow, examined: Mapping[str, Any]) -> list[Content]:
+        """The record and the images of a row that was examined: byte for byte the same.
+
+        Raises:
+            SourceChanged: they are not; names the row.
+        """
+        try:
+            sample = self._sample(row)
+            if len(sample.images) != len(examined["images"]):
+                raise SampleError("it has another number of images")
+            record = sample.to_json()
+            contents = [Content("json", record, sha256(record).digest())]
+            if contents[0].sha256 != examined["json_sha256"]:
+                raise SampleError("its text differs")
+            for number, (data, facts) in enumerate(
+                zip(sample.images, examined["images"], strict=True)
+            ):
+                stored = self._again(data, facts, number)
+                extension = f"{number}.{facts['extension']}"
+                contents.append(Content(extension, stored, facts["sha256"]))
+        except SampleError as error:
+            raise SourceChanged(
+                f"{self._settings.name}: row {row.origin} is no longer what was examined "
+                f"({error}): its file, or an image that it names, was changed meanwhile; when that "
+                "is over, touch the source file and give the same command again"
+            ) from None
+        return contents
+
+    def _again(self, data: bytes, facts: Mapping[str, Any], number: int) -> bytes:
+        """The stored form of an image whose every bit was checked when it was examined."""
+        if sha256(data).digest() == facts["sha256"]:
+            return data
+        take_apart = _BARE.get(data[:2])
+        try:
+            if take_apart is not None and facts["extension"] == take_apart[0]:
+                bare = take_apart[1](data).bare
+                if sha256(bare).digest() == facts["sha256"]:
+                    return bare
+        except ValueError:
+            pass  # what it is not then, is said below
+        stored = _stored(data, number, self._settings.limits)
+        if stored.sha256 != facts["sha256"]:
+            raise SampleError(f"image {number} differs")
+        return stored.data
+
+    def _sample(self, row: SourceRow) -> Sample:
+        settings = self._settings
+        if row.problem is not None:
+            raise SampleError(row.problem)
+        fields = layouts.to_fields(row, settings.source)
+        return parse_sample(
+            {"messages": fields.messages, "chosen": fields.chosen, "rejected": fields.rejected},
+            fields.images,
+            key=key_of(row.number),
+            source=settings.name,
+            licence=fields.licence,
             origin=row.origin,
-            preference=settings.preference,
+            preference=settings.source.preference,
         )
-        images = tuple(_stored(data, n, settings) for n, data in enumerate(sample.images))
-        tiles = tuple(geometry.n_tiles(image.height, image.width) for image in images)
-        columns: dict[str, Any] = {
+
+    def _examine(self, row: SourceRow) -> Examined:
+        sample, geometry = self._sample(row), self._settings.geometry
+        images = [_stored(data, n, self._settings.limits) for n, data in enumerate(sample.images)]
+        tiles = [geometry.n_tiles(image.height, image.width) for image in images]
+        record = sample.to_json()
+        text = "\n".join(sample.answers()[: 1 if sample.is_pair else None])
+        verdict = classify(text)
+        values = {
+            "number": row.number,
+            "origin": row.origin,
+            "json_size": len(record),
+            "json_sha256": sha256(record).digest(),
+            "images": [
+                {
+                    "size": len(image.data),
+                    "sha256": image.sha256,
+                    "width": image.width,
+                    "height": image.height,
+                    "tiles": n_tiles,
+                    "extension": image.extension,
+                }
+                for image, n_tiles in zip(images, tiles, strict=True)
+            ],
             **self._lengths(sample, [geometry.n_tokens(i.height, i.width) for i in images]),
             "tiles": sum(tiles),
-            "variety": classify("\n".join(sample.answers()[: 1 if sample.is_pair else None])).label,
+            "variety": verdict.label,
+            "language": verdict.language,
             "source": sample.source,
             "licence": sample.licence,
         }
-        return Prepared(row.number, key, sample.to_json(), images, tiles, columns)
+        return Examined(row.number, values, fingerprint(sample, images), verdict.hits)
 
-    def _lengths(self, sample: Sample, image_tokens: list[int]) -> dict[str, int]:
+    def _lengths(self, sample: Sample, image_tokens: Sequence[int]) -> dict[str, int]:
         if sample.chosen is None or sample.rejected is None:
             one = self._tokenizer.encode(sample.messages, image_tokens)
             lengths = (len(one.ids), one.n_targets, 0, 0)
@@ -101,8 +196,8 @@ class Preparer:
         return dict(zip(names, lengths, strict=True))
 
 
-def _stored(data: bytes, number: int, settings: Settings) -> StoredImage:
+def _stored(data: bytes, number: int, limits: ImageLimits) -> StoredImage:
     try:
-        return store(data, settings.limits)
+        return store(data, limits)
     except ValueError as error:
         raise SampleError(f"image {number}: {error}") from None
