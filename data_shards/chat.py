@@ -172,6 +172,22 @@ class ChatTokenizer:
         parts = [(text, False) for text, _ in self._parts(messages, prompt=True)]
         return self._assemble(parts, image_tokens).ids
 
+    def rendered(
+        self, messages: Sequence[Message], answers: Sequence[str] = ()
+    ) -> list[tuple[str, bool]]:
+        """What the model reads, for people: (text, is trained on), images as "<image>".
+
+        Args:
+            answers: of a preference pair, one of which follows the messages; all of them are
+                returned, one after the other.
+        """
+        parts = self._parts(messages, prompt=bool(answers))
+        if answers:
+            parts = [(text, False) for text, _ in parts]
+        for answer in answers:
+            parts.append(self._parts([*messages, {"role": "assistant", "content": answer}])[-1])
+        return [(text.replace(DEFUSE, ""), trained) for text, trained in parts]
+
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         plain = [int(token) for token in ids]
