@@ -63,7 +63,7 @@ help: ## this list
 
 setup: $(READY) ## make .venv and install everything (every verb does it by itself)
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard data_shards/native/*)
 	@test -x $(PY) || test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or 3.12 that can make a \
 	virtual environment; install one (Debian: apt install python3.11-venv) or give PYTHON=' >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
