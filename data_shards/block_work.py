@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from data_shards import in_place
 from data_shards.dataset_folder import DatasetFolder, Part
 from data_shards.examined import BlockResult, ExaminedFolder, writer
 from data_shards.manifest import rows_to_table
-from data_shards.prepare import Content, Preparer, Refused, SourceChanged, key_of
+from data_shards.prepare import Content, Examined, Preparer, Refused, SourceChanged, key_of
 from data_shards.quarantine import RejectedWriter
 from data_shards.sources import Source
 from data_shards.sources.blocks import Block
@@ -23,8 +24,7 @@ def examine_block(
     """Check every row of a block, tokenise and hash it; writes no shard."""
     result = BlockResult()
     rows = refused = 0
-    for row in source.rows(block):
-        one = preparer.examine(row)
+    for one in _results(source, block, preparer):
         result.add(one)
         rows, refused = rows + 1, refused + isinstance(one, Refused)
         if rows == _EVERY:
@@ -32,6 +32,14 @@ def examine_block(
             rows = refused = 0
     folder.write(block.number, result)
     tick(rows, refused)
+
+
+def _results(source: Source, block: Block, preparer: Preparer) -> Iterator[Examined | Refused]:
+    if source.config.in_place:
+        yield from in_place.results(source, block, preparer)
+        return
+    for row in source.rows(block):
+        yield preparer.examine(row)
 
 
 def write_block(
@@ -48,7 +56,11 @@ def write_block(
     Raises:
         SourceChanged: a row is not what was examined.
     """
-    _BlockWriter(source, block, preparer, examined, folder, shard_bytes).run(tick)
+    work = _BlockWriter(source, block, preparer, examined, folder, shard_bytes)
+    if source.config.in_place:
+        work.index(tick)
+    else:
+        work.run(tick)
 
 
 class _BlockWriter:
@@ -108,6 +120,20 @@ class _BlockWriter:
         finally:
             if writer_ is not None:
                 writer_.discard()
+
+    def index(self, tick: Tick) -> None:
+        """As `run`, of archives that stay in place: manifest rows and no shards."""
+        if any(part.last for part in self._folder.parts(self._block.number)):
+            return
+        rejected = RejectedWriter()
+        if self._rejected:
+            for row in self._source.rows(self._block):
+                if row.number in self._rejected:
+                    rejected.add(row)
+        rows = list(in_place.manifest_rows(self._source, self._block, self._wanted(0)))
+        rejected.close(self._folder.rejected_path(self._block.number))
+        self._finish(None, 0, rows, self._block.first_number + self._block.rows, True)
+        tick(self._block.rows, 0)
 
     def _finish(
         self,

@@ -26,7 +26,7 @@ EXAMINE_VERSION = 2
 DUPLICATES_VERSION = 1
 WRITE_VERSION = 2
 # Of a source's settings, those that the examination does not look at.
-_LATER = ("input", "unique_images", "in_place")
+_LATER = ("input", "unique_images")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import PIL
 import pyarrow as pa
 
+from data_shards import in_place
 from data_shards.build_plan import BuildError, BuildPlan, Target
 from data_shards.durable import replacing
 from data_shards.manifest import ManifestInfo
@@ -20,6 +21,7 @@ from data_shards.quarantine import (
     refused_entry,
     write_quarantine,
 )
+from data_shards.sources import open_source
 from data_shards.writer import ShardInfo
 
 HITS = "hits.json"
@@ -35,7 +37,9 @@ def finish(target: Target, plan: BuildPlan) -> None:
     rejected = [folder.rejected_path(block.number) for block in blocks]
     kinds: Counter[str] = Counter()
     write_quarantine(folder.building, _entries(target, kinds), rejected)
+    source = target.examination.settings.source
     shards: list[ShardInfo] = []
+    n_samples: Counter[int] = Counter()  # of each archive that stays in place
     with ManifestWriter(folder.building) as writer:
         for block in blocks:
             first = len(shards)
@@ -43,22 +47,23 @@ def finish(target: Target, plan: BuildPlan) -> None:
                 shards += [part.shard] if part.shard else []
                 if part.rows.num_rows:
                     writer.add(_renumbered(part.rows, first))
+                    n_samples.update(part.rows["shard"].to_pylist() if source.in_place else [])
         if not writer.rows:
             raise BuildError(_nothing_left(target, kinds))
         info = writer.close(
             ManifestInfo(
                 name=target.name,
-                preference=target.examination.settings.source.preference,
+                preference=source.preference,
                 tokenizer_digest=plan.tokenizer_digest,
                 geometry_digest=plan.geometry.digest(),
                 pillow=PIL.__version__,
-                shards=tuple(shards),
                 inputs_digest=target.digest,
                 quarantined=sum(kinds.values()),
+                **_shards(target, shards, n_samples),
             )
         )
         samples = writer.rows
-    folder.drop_unlisted({shard.name for shard in info.shards})
+    folder.drop_unlisted({shard.name for shard in shards})
     _write_hits(target)
     if importlib.util.find_spec("data_shards.card"):
         from data_shards.card import write_card
@@ -71,6 +76,17 @@ def finish(target: Target, plan: BuildPlan) -> None:
         f"{kinds['duplicate']} duplicates, {size / 1e6:.1f} MB",
         flush=True,
     )
+
+
+def _shards(
+    target: Target, written: list[ShardInfo], n_samples: Mapping[int, int]
+) -> dict[str, Any]:
+    """The shards that were written, or those of others that stay where they are."""
+    settings = target.examination.settings
+    if not settings.source.in_place:
+        return {"shards": tuple(written)}
+    files = open_source(settings.name, settings.source).files
+    return in_place.manifest_facts(settings.source, files, n_samples)
 
 
 def _renumbered(rows: pa.Table, first: int) -> pa.Table:

@@ -5,6 +5,7 @@ A row is met twice: `examine` checks and measures everything; `members` makes th
 again, and compares them with what was examined.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,6 +21,7 @@ from data_shards.sources.rows import SourceRow
 from data_shards.variety import classify
 from models.anyres import AnyresGeometry
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in Pillow's messages; another one every time
 # First bytes -> extension and what takes metadata out, without decoding.
 _BARE: dict[bytes, tuple[str, Callable[[bytes], Any]]] = {
     b"\xff\xd8": ("jpg", jpeg_metadata.take_apart),
@@ -83,12 +85,17 @@ class Preparer:
     def __init__(self, settings: Settings, tokenizer: ChatTokenizer):
         self._settings, self._tokenizer = settings, tokenizer
 
+    @property
+    def limits(self) -> ImageLimits:
+        """What an image may be."""
+        return self._settings.limits
+
     def examine(self, row: SourceRow) -> Examined | Refused:
         """Check everything about one row."""
         try:
             return self._examine(row)
         except ValueError as error:
-            reason = " ".join(str(error).split())
+            reason = _ADDRESS.sub("", " ".join(str(error).split()))
             return Refused(row.number, key_of(row.number), row.origin, reason)
 
     def members(self, row: SourceRow, examined: Mapping[str, Any]) -> list[Content]:
