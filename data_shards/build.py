@@ -59,14 +59,24 @@ def build_dataset(
     return BuildRun(BuildPlan(data, geometry, tokenizer_digest, [name])).run()[name]
 
 
-def _preview(data: DataConfig, only: Sequence[str] | None, folder: Path) -> None:
+def _preview(data: DataConfig, model: ModelConfig, only: Sequence[str] | None, folder: Path) -> int:
+    """A page for each source; the exit status: 1 when a source could not be read."""
     from data_shards.preview import write_preview  # Jinja and Pillow, for this alone
 
+    unknown = sorted(set(only or ()) - set(data.sources))
+    if unknown:
+        raise BuildError(
+            f"only= names {', '.join(unknown)}; data.sources has {', '.join(data.sources)}"
+        )
+    status = 0
     for name, source in data.sources.items():
         if only is None or name in only:
-            path = folder / f"{name}.html"
-            write_preview(name, source, data, path)
-            print(f"{name}: {path}")
+            try:
+                print(f"{name}: {write_preview(name, source, data, model, folder)}", flush=True)
+            except ValueError as error:  # the others are still worth seeing
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                status = 1
+    return status
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,9 +97,9 @@ def main(arguments: Sequence[str]) -> int:
         config = compose(overrides)
         config.data.check()
         if ours["dry"] not in ("", "0", "false"):
-            _preview(config.data, only, Path(config.runs_dir) / config.run / "preview")
-        else:
-            build_all(config.data, config.model, only, share)
+            folder = Path(config.runs_dir) / config.run / "preview"
+            return _preview(config.data, config.model, only, folder)
+        build_all(config.data, config.model, only, share)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130

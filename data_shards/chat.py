@@ -173,19 +173,17 @@ class ChatTokenizer:
         return self._assemble(parts, image_tokens).ids
 
     def rendered(
-        self, messages: Sequence[Message], answers: Sequence[str] = ()
+        self, messages: Sequence[Message], answer: str | None = None
     ) -> list[tuple[str, bool]]:
         """What the model reads, for people: (text, is trained on), images as "<image>".
 
         Args:
-            answers: of a preference pair, one of which follows the messages; all of them are
-                returned, one after the other.
+            answer: of a preference pair, after messages that end with a question.
         """
-        parts = self._parts(messages, prompt=bool(answers))
-        if answers:
-            parts = [(text, False) for text, _ in parts]
-        for answer in answers:
-            parts.append(self._parts([*messages, {"role": "assistant", "content": answer}])[-1])
+        parts = self._parts(messages, prompt=answer is not None)
+        if answer is not None:
+            last = self._parts([*messages, {"role": "assistant", "content": answer}])[-1]
+            parts = [*((text, False) for text, _ in parts), last]
         return [(text.replace(DEFUSE, ""), trained) for text, trained in parts]
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:

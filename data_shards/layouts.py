@@ -13,9 +13,9 @@ What is done to a row, and nothing else:
 Boxes of grounding data are part of the text and pass through as they are.
 """
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -163,8 +163,8 @@ def read_chat(record: Any, rules: Rules, number: int, attached: int = 0) -> Chat
         layout = _shape(turns, layout) if rules.layout == "auto" else layout
         messages = _CONVERTERS[layout](turns)
     elif layout == "caption":
-        prompt = rules.prompts[zlib.crc32(b"%d" % number) % len(rules.prompts)]
-        messages = _turns([("user", prompt), ("assistant", columns.value(record, "caption"))])
+        caption = columns.value(record, "caption")
+        messages = _turns([("user", _prompt(rules.prompts, number)), ("assistant", caption)])
     elif columns.value(record, "question") is None and rules.preference:
         messages, chosen, rejected = _shared_prompt(chosen, rejected)
     else:
@@ -177,6 +177,11 @@ def read_chat(record: Any, rules: Rules, number: int, attached: int = 0) -> Chat
         messages = _mark(messages, len(references) or attached)
     licence = _licence(columns.value(record, "licence"))
     return Chat(messages, references, chosen, rejected, licence, layout)
+
+
+def _prompt(prompts: Sequence[str], number: int) -> str:
+    digest = blake2b(b"%d" % number, digest_size=8).digest()
+    return prompts[int.from_bytes(digest, "big") % len(prompts)]
 
 
 def _shape(turns: Sequence[Any], otherwise: str) -> str:

@@ -64,6 +64,12 @@ class Source:
         except LayoutError as error:
             raise SourceError(f"data.sources.{self.name}: {path}: {error}") from None
 
+    def column_names(self, row: SourceRow) -> list[str]:
+        """All columns: of the first file where the format has columns, else of this row."""
+        if self.config.format == "parquet":
+            return parquet.column_names(self.files[0])
+        return list(row.values)
+
     def _scan(self, path: Path, starts: Starts) -> FileScan:
         if self.config.format == "parquet":
             self.columns_of(path)  # rows would all be refused, one by one
