@@ -95,10 +95,17 @@ class _Room(threading.local):
 
     def take(self, n_bytes: int) -> np.ndarray:
         if n_bytes > _KEPT_BYTES:
-            return np.empty(n_bytes, np.uint8)
+            return _aligned(n_bytes)
         if n_bytes > len(self._kept):
-            self._kept = np.empty(n_bytes, np.uint8)
+            self._kept = _aligned(n_bytes)
         return self._kept[:n_bytes]
+
+
+def _aligned(n_bytes: int) -> np.ndarray:
+    """uint8 [n_bytes] that begins where a cache line does."""
+    room = np.empty(n_bytes + 63, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + n_bytes]
 
 
 _room = _Room()

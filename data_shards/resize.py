@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "AMALIA_PIXELS"  # pillow, avx2 or avx512: use that one
 PILLOW = "pillow"
-INTERFACE = 1  # of the module's function
+INTERFACE = 2  # of the module's function
 SLACK = 256  # bytes that must follow the pixels; the module reads whole vectors
 MAX_SIDE = 65535  # px
 _SLOW = "images are resized by Pillow, several times slower"
@@ -107,20 +107,22 @@ def _module() -> ModuleType:
 def _equals_pillow(instructions: str) -> bool:
     side = 64
     generator = np.random.default_rng(0)
-    tile_CHW = np.empty((3, side, side), np.uint8)
-    for (height, width), (new_height, new_width) in _CHECKED:
+    tiles_NCHW = np.empty((2, 3, side, side), np.uint8)
+    for (height, width), size in _CHECKED:
         rgb = generator.integers(0, 256, height * width * 3 + SLACK, np.uint8)
         # Black and white besides: sums beyond 0..255 are cut off.
         rgb[: len(rgb) // 2] = np.where(rgb[: len(rgb) // 2] < 128, 0, 255)
         _module().write_tiles(
-            instructions, rgb, (height, width), (new_height, new_width), (0, 0), (1, 1), side,
-            tile_CHW,
-        )  # fmt: skip
+            instructions, rgb, (height, width), size, (0, 0), (1, 1), side, tiles_NCHW
+        )
         image = Image.fromarray(rgb[:-SLACK].reshape(height, width, 3))
-        resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
-        expected_CHW = np.zeros_like(tile_CHW)
-        expected_CHW[:, :new_height, :new_width] = np.asarray(resized).transpose(2, 0, 1)
-        if not np.array_equal(tile_CHW, expected_CHW):
+        expected_NCHW = np.zeros_like(tiles_NCHW)
+        for expected_CHW, (new_height, new_width) in zip(
+            expected_NCHW, ((side, side), size), strict=True
+        ):
+            resized = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+            expected_CHW[:, :new_height, :new_width] = np.asarray(resized).transpose(2, 0, 1)
+        if not np.array_equal(tiles_NCHW, expected_NCHW):
             return False
     return True
 
@@ -149,9 +151,7 @@ def write_tiles(
         out_NCHW: uint8 [geometry.n_tiles(height, width), 3, tile, tile], overwritten; contiguous.
         instructions: of `backends()`, not "pillow". Sides are at most MAX_SIDE.
     """
-    side = geometry.tile
-    source = (height, width)
     size, margins, grid = _layout(geometry, height, width)
-    write = _module().write_tiles
-    write(instructions, rgb, source, (side, side), (0, 0), (1, 1), side, out_NCHW[:1])
-    write(instructions, rgb, source, size, margins, grid, side, out_NCHW[1:])
+    _module().write_tiles(
+        instructions, rgb, (height, width), size, margins, grid, geometry.tile, out_NCHW
+    )

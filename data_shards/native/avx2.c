@@ -14,8 +14,8 @@
 #define INLINE TARGET static inline __attribute__((always_inline))
 #define HALF 11
 
-/* Whether 16 bytes hold the four source bytes of each of four output pixels. */
-enum { NEAR, FAR };
+/* How many output pixels' four source bytes 16 bytes hold: four, two, or one. */
+enum { NEAR, MIDDLE, FAR };
 
 static int supported(void) {
     return __builtin_cpu_supports("avx2");
@@ -34,26 +34,35 @@ static void pack_quad(const int32_t taps[4], int32_t to[4]) {
 }
 
 static void pack_horizontal(const Axis *axis, Horizontal *to) {
+    const int *first = axis->first;
     to->reach = NEAR;
-    for (int x = 0; x < axis->out; x++)
-        if (axis->first[x] - axis->first[x & ~3] + 4 > 16) to->reach = FAR;
+    for (int x = 0; x < axis->out; x++) {
+        if (to->reach == NEAR && first[x] - first[x & ~3] > 12) to->reach = MIDDLE;
+        if (first[x] - first[x & ~1] > 12) to->reach = FAR;
+    }
+    if (to->reach != FAR) memset(to->index, 0x80, (size_t)to->groups * sizeof *to->index);
     for (int x = 0; x < axis->out; x++) {
         int g = x / 8, lane = x % 8;
-        int base = axis->first[to->reach == NEAR ? x & ~3 : x & ~7];
-        int offset = axis->first[x] - base;
-        to->base[g][lane / 4] = base;
-        uint8_t *index = to->index + 64L * g;
-        if (to->reach == FAR) memcpy(index + 4 * lane, &offset, 4);
-        else /* taps 0 and 1, then 2 and 3, each with a zero byte above it */
-            for (int t = 0; t < 4; t++) {
-                index[32 * (t / 2) + 4 * lane + 2 * (t % 2)] = (uint8_t)(offset + t);
-                index[32 * (t / 2) + 4 * lane + 2 * (t % 2) + 1] = 0x80;
-            }
+        /* The load that lane x takes its bytes from, and the load's first byte. */
+        int from = to->reach == NEAR ? 2 * (lane / 4) : lane / 2;
+        int base = first[to->reach == NEAR ? x & ~3 : to->reach == MIDDLE ? x & ~1 : x & ~7];
+        int offset = first[x] - base;
+        if (to->reach == FAR) {
+            to->base[g][0] = base;
+            memcpy(to->index[g] + 4 * lane, &offset, 4);
+        } else {
+            /* Taps 0 and 1, then 2 and 3, each with a zero byte above it (0x80 gives zero). The
+             * second of two loads has indices of its own. */
+            to->base[g][from] = base;
+            for (int t = 0; t < 4; t++)
+                to->index[g][64 * (from % 2) + 32 * (t / 2) + 4 * lane + 2 * (t % 2)] =
+                    (uint8_t)(offset + t);
+        }
         for (int q = 0; q < to->quads; q++) {
             int32_t parts[4];
             pack_quad(axis->taps + 4L * ((long)x * axis->quads + q), parts);
-            int32_t *weights = (int32_t *)(to->weights + 256L * ((long)g * to->quads + q));
-            for (int part = 0; part < 4; part++) weights[8 * part + lane] = parts[part];
+            for (int part = 0; part < 4; part++)
+                to->weights[(long)g * to->quads + q][part][lane] = parts[part];
         }
     }
 }
@@ -95,32 +104,48 @@ INLINE void add(__m256i *high, __m256i *low, __m256i v, __m256i by_high, __m256i
     *low = _mm256_add_epi32(*low, _mm256_madd_epi16(v, by_low));
 }
 
+/* 16 bytes from each of two places. */
+INLINE __m256i load_two(const uint8_t *low, const uint8_t *high) {
+    return _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)low)),
+        _mm_loadu_si128((const __m128i *)high), 1);
+}
+
 INLINE void row(const Horizontal *h, const uint8_t *const in[3], uint8_t *const out[3], int reach) {
     const __m256i zero = _mm256_setzero_si256(), rounding = _mm256_set1_epi32(ROUNDING);
-    const __m256i byte01 = _mm256_set1_epi32((int)0x80018000), spread = _mm256_setr_epi32(
-        0, 0x00040004, 0x00080008, 0x000c000c, 0, 0x00040004, 0x00080008, 0x000c000c);
-    const uint8_t *weights = h->weights;
+    /* Each lane's own four bytes, as pairs. */
+    const __m256i own01 = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, -128, 1, -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128));
+    const __m256i own23 = _mm256_add_epi8(own01, _mm256_set1_epi32(0x00020002));
+    int32_t(*weights)[4][16] = h->weights;
     for (int g = 0; g < h->groups; g++) {
-        __m256i offsets = load(h->index + 64L * g), index01 = offsets;
-        __m256i index23 = load(h->index + 64L * g + 32);
-        if (reach == FAR) {
-            index01 = _mm256_add_epi8(byte01, spread);
-            index23 = _mm256_add_epi8(index01, _mm256_set1_epi32(0x00020002));
-        }
+        const uint8_t *index = h->index[g];
+        __m256i index01 = load(index), index23 = load(index + 32);
+        __m256i other01 = load(index + 64), other23 = load(index + 96);
         __m256i high[3] = {zero, zero, zero}, low[3] = {rounding, rounding, rounding};
-        long at = h->base[g][0], at4 = h->base[g][1];
-        for (int q = 0; q < h->quads; q++, at += 4, at4 += 4, weights += 256) {
-            __m256i high01 = load(weights), low01 = load(weights + 32);
-            __m256i high23 = load(weights + 64), low23 = load(weights + 96);
+        const int *base = h->base[g];
+        for (int q = 0; q < h->quads; q++, weights++) {
+            __m256i high01 = load((*weights)[0]), low01 = load((*weights)[1]);
+            __m256i high23 = load((*weights)[2]), low23 = load((*weights)[3]);
             for (int p = 0; p < 3; p++) {
-                __m256i v;
-                if (reach == NEAR)
-                    v = _mm256_inserti128_si256(
-                        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(in[p] + at))),
-                        _mm_loadu_si128((const __m128i *)(in[p] + at4)), 1);
-                else v = _mm256_i32gather_epi32((const int *)(in[p] + at), offsets, 1);
-                add(&high[p], &low[p], _mm256_shuffle_epi8(v, index01), high01, low01);
-                add(&high[p], &low[p], _mm256_shuffle_epi8(v, index23), high23, low23);
+                const uint8_t *at = in[p] + 4 * q;
+                __m256i v01, v23;
+                if (reach == FAR) {
+                    __m256i v = _mm256_i32gather_epi32((const int *)(at + base[0]), index01, 1);
+                    v01 = _mm256_shuffle_epi8(v, own01);
+                    v23 = _mm256_shuffle_epi8(v, own23);
+                } else {
+                    __m256i v = load_two(at + base[0], at + base[2]);
+                    v01 = _mm256_shuffle_epi8(v, index01);
+                    v23 = _mm256_shuffle_epi8(v, index23);
+                }
+                if (reach == MIDDLE) {
+                    __m256i v = load_two(at + base[1], at + base[3]);
+                    v01 = _mm256_or_si256(v01, _mm256_shuffle_epi8(v, other01));
+                    v23 = _mm256_or_si256(v23, _mm256_shuffle_epi8(v, other23));
+                }
+                add(&high[p], &low[p], v01, high01, low01);
+                add(&high[p], &low[p], v23, high23, low23);
             }
         }
         for (int p = 0; p < 3; p++) {
@@ -136,6 +161,7 @@ INLINE void row(const Horizontal *h, const uint8_t *const in[3], uint8_t *const 
 TARGET static void horizontal(
     const Horizontal *h, const uint8_t *const in[3], uint8_t *const out[3]) {
     if (h->reach == NEAR) row(h, in, out, NEAR);
+    else if (h->reach == MIDDLE) row(h, in, out, MIDDLE);
     else row(h, in, out, FAR);
 }
 

@@ -8,6 +8,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#include <string.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 #define INLINE TARGET static inline __attribute__((always_inline))
@@ -44,14 +45,14 @@ static void pack_horizontal(const Axis *axis, Horizontal *to) {
         int g = x / 16, lane = x % 16, base = axis->first[x & ~15];
         int offset = axis->first[x] - base;
         to->base[g][0] = base;
-        uint8_t *index = to->index + 64L * g + 4 * lane;
-        if (to->reach == FAR) *(int32_t *)index = offset;
+        uint8_t *index = to->index[g] + 4 * lane;
+        if (to->reach == FAR) memcpy(index, &offset, 4);
         else for (int t = 0; t < 4; t++) index[t] = (uint8_t)(offset + t);
         for (int q = 0; q < to->quads; q++) {
             int32_t parts[4];
             pack_quad(axis->taps + 4L * ((long)x * axis->quads + q), parts);
-            int32_t *weights = (int32_t *)(to->weights + 256L * ((long)g * to->quads + q));
-            for (int part = 0; part < 3; part++) weights[16 * part + lane] = parts[part];
+            for (int part = 0; part < 3; part++)
+                to->weights[(long)g * to->quads + q][part][lane] = parts[part];
         }
     }
 }
@@ -90,15 +91,16 @@ INLINE __m512i fetch(const uint8_t *at, __m512i index, int reach) {
 
 INLINE void row(const Horizontal *h, const uint8_t *const in[3], uint8_t *const out[3], int reach) {
     const __m512i zero = _mm512_setzero_si512(), rounding = _mm512_set1_epi32(ROUNDING);
-    const uint8_t *weights = h->weights;
+    int32_t(*weights)[4][16] = h->weights;
     for (int g = 0; g < h->groups; g++) {
-        __m512i index = _mm512_loadu_si512(h->index + 64L * g);
+        __m512i index = _mm512_loadu_si512(h->index[g]);
         __m512i a[3] = {zero, zero, zero}, b[3] = {zero, zero, zero};
         __m512i c[3] = {rounding, rounding, rounding};
         long at = h->base[g][0];
-        for (int q = 0; q < h->quads; q++, at += 4, weights += 256) {
-            __m512i wa = _mm512_loadu_si512(weights), wb = _mm512_loadu_si512(weights + 64);
-            __m512i wc = _mm512_loadu_si512(weights + 128);
+        for (int q = 0; q < h->quads; q++, at += 4, weights++) {
+            __m512i wa = _mm512_loadu_si512((*weights)[0]);
+            __m512i wb = _mm512_loadu_si512((*weights)[1]);
+            __m512i wc = _mm512_loadu_si512((*weights)[2]);
             for (int p = 0; p < 3; p++) {
                 __m512i v = fetch(in[p] + at, index, reach);
                 a[p] = _mm512_dpbusd_epi32(a[p], v, wa);

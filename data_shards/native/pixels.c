@@ -9,7 +9,7 @@
 
 #include "pixels.h"
 
-#define INTERFACE 1 /* what data_shards/resize.py must know; changes with the arguments */
+#define INTERFACE 2 /* what data_shards/resize.py must know; changes with the arguments */
 
 #if defined(__x86_64__) && defined(__GNUC__)
 static const Kernel *const KERNELS[] = {&AVX512, &AVX2, NULL}; /* the fastest first */
@@ -72,176 +72,208 @@ static int make_axis(Axis *axis, int in, int out) {
     return 1;
 }
 
-/* One picture, the size it gets, and where that lies on a canvas of tiles. */
+/* One resize: the size wanted, and where that lies on a canvas of tiles. */
 typedef struct {
-    const uint8_t *rgb; /* [height][width][3] and SLACK bytes more */
-    int height, width, new_height, new_width, top, left, rows, columns, side;
+    int new_height, new_width, top, left, rows, columns, side;
     uint8_t *tiles; /* [rows * columns][3][side][side] */
-} Job;
-
-/* Everything allocated for one job; all or nothing is there, and free() takes NULL. */
-typedef struct {
+    int across, down, down_first;
     Axis x, y;
     Horizontal h;
-    int32_t (*v)[4];       /* [new_height][y.quads] */
-    const uint8_t **taken; /* the rows that one output row is made of */
-    uint8_t *planes, *packed, *ring, *line;
-    long plane, ring_plane, line_plane; /* bytes from one plane to the next */
-} Work;
+    int32_t (*v)[4];          /* [new_height][y.quads] */
+    uint8_t *ring, *line;     /* the latest rows after the horizontal pass; one canvas row */
+    const uint8_t **rows_of;  /* [4 * y.quads] the rows that an output row is made of */
+    long ring_plane, line_plane; /* bytes from one plane to the next */
+    int next;                 /* output row */
+} Target;
 
-static int prepare(Work *w, const Job *job, const Kernel *kernel, int across, int down) {
-    if (across) {
-        if (!make_axis(&w->x, job->width, job->new_width)) return 0;
-        size_t groups = (size_t)((job->new_width + kernel->lanes - 1) / kernel->lanes);
-        w->h.groups = (int)groups;
-        w->h.quads = w->x.quads;
-        w->h.base = calloc(groups, sizeof *w->h.base);
-        w->h.index = calloc(groups, 64);
-        w->h.weights = calloc(groups * (size_t)w->x.quads, 256);
-        if (!w->h.base || !w->h.index || !w->h.weights) return 0;
-        kernel->pack_horizontal(&w->x, &w->h);
-    }
-    w->ring_plane = job->new_width + SLACK;
-    if (down) {
-        if (!make_axis(&w->y, job->height, job->new_height)) return 0;
-        size_t quads = (size_t)job->new_height * (size_t)w->y.quads;
-        w->v = malloc(quads * sizeof *w->v);
-        w->taken = malloc(sizeof *w->taken * 4 * (size_t)w->y.quads);
-        w->ring = malloc(3 * (size_t)w->ring_plane * 4 * (size_t)w->y.quads);
-        w->packed = malloc(3 * (size_t)job->width + 2 * SLACK);
-        if (!w->v || !w->taken || !w->ring || !w->packed) return 0;
-        for (size_t q = 0; q < quads; q++) kernel->pack_quad(w->y.taps + 4 * q, w->v[q]);
-    }
-    w->plane = job->width + 4L * w->x.quads + SLACK;
-    w->line_plane = (long)job->columns * job->side + SLACK;
-    w->planes = malloc(3 * (size_t)w->plane);
-    w->line = calloc(3, (size_t)w->line_plane);
-    return w->planes && w->line;
+static void *allocate(size_t bytes) {
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
 }
 
-static void release(Work *w) {
-    free_axis(&w->x);
-    free_axis(&w->y);
-    free(w->h.base);
-    free(w->h.index);
-    free(w->h.weights);
-    free(w->v);
-    free(w->taken);
-    free(w->planes);
-    free(w->packed);
-    free(w->ring);
-    free(w->line);
+static int prepare(Target *t, const Kernel *kernel, int height, int width) {
+    /* Which pass comes first changes the rounding in between: Pillow 13's rule. If there is only
+     * one, the order is free, and the vertical pass takes the image's rows as they are. */
+    int shrink = height - t->new_height;
+    t->across = width != t->new_width;
+    t->down = shrink != 0;
+    t->down_first =
+        t->down && (!t->across || (shrink > 0 && shrink > 2 * (width - t->new_width)));
+    if (t->across) {
+        if (!make_axis(&t->x, width, t->new_width)) return 0;
+        size_t groups = (size_t)((t->new_width + kernel->lanes - 1) / kernel->lanes);
+        t->h.groups = (int)groups;
+        t->h.quads = t->x.quads;
+        t->h.base = calloc(groups, sizeof *t->h.base);
+        t->h.index = calloc(groups, sizeof *t->h.index);
+        t->h.weights = allocate(groups * (size_t)t->x.quads * sizeof *t->h.weights);
+        if (!t->h.base || !t->h.index || !t->h.weights) return 0;
+        memset(t->h.weights, 0, groups * (size_t)t->x.quads * sizeof *t->h.weights);
+        kernel->pack_horizontal(&t->x, &t->h);
+    }
+    t->ring_plane = (t->new_width + 63L) / 64 * 64 + SLACK;
+    if (t->down) {
+        if (!make_axis(&t->y, height, t->new_height)) return 0;
+        size_t rows = 4 * (size_t)t->y.quads, quads = (size_t)t->new_height * (size_t)t->y.quads;
+        t->v = malloc(quads * sizeof *t->v);
+        t->rows_of = malloc(rows * sizeof *t->rows_of);
+        if (!t->v || !t->rows_of) return 0;
+        for (size_t q = 0; q < quads; q++) kernel->pack_quad(t->y.taps + 4 * q, t->v[q]);
+        if (!t->down_first && !(t->ring = allocate(3 * rows * (size_t)t->ring_plane))) return 0;
+    }
+    t->line_plane = (long)t->columns * t->side + SLACK;
+    t->line = calloc(3, (size_t)t->line_plane);
+    return t->line != NULL;
 }
 
-/* A canvas row, w->line, to the tiles that it crosses. */
-static void put(const Job *job, const Work *w, int row) {
-    long side = job->side;
-    for (int column = 0; column < job->columns; column++)
+static void release(Target *t) {
+    free_axis(&t->x);
+    free_axis(&t->y);
+    free(t->h.base);
+    free(t->h.index);
+    free(t->h.weights);
+    free(t->v);
+    free(t->ring);
+    free(t->line);
+    free(t->rows_of);
+}
+
+/* A canvas row to the tiles that it crosses. */
+static void put(const Target *t, int row) {
+    long side = t->side;
+    for (int column = 0; column < t->columns; column++)
         for (int p = 0; p < 3; p++) {
-            long plane = ((long)(row / side) * job->columns + column) * 3 + p;
-            memcpy(job->tiles + (plane * side + row % side) * side,
-                   w->line + p * w->line_plane + column * side, (size_t)side);
+            long plane = ((long)(row / side) * t->columns + column) * 3 + p;
+            memcpy(t->tiles + (plane * side + row % side) * side,
+                   t->line + p * t->line_plane + column * side, (size_t)side);
         }
+}
+
+/* The next row of the resized image lies in the line: put it, and what is above or below. */
+static void finish_row(Target *t) {
+    /* What was written beyond the row's end is margin. */
+    for (int p = 0; p < 3; p++)
+        memset(t->line + p * t->line_plane + t->left + t->new_width, 0, 64);
+    put(t, t->top + t->next++);
+}
+
+static void margins(Target *t) {
+    memset(t->line, 0, 3 * (size_t)t->line_plane);
+    for (int row = 0; row < t->rows * t->side; row++)
+        if (row < t->top || row >= t->top + t->new_height) put(t, row);
+}
+
+static void make_row(
+    const Target *t, const Kernel *kernel, const uint8_t *rows, long stride, long n, int slots,
+    uint8_t *out) {
+    int first = t->y.first[t->next], count = t->y.count[t->next];
+    for (int i = 0; i < 4 * t->y.quads; i++)
+        t->rows_of[i] = rows + (first + (i < count ? i : 0)) % slots * stride;
+    kernel->vertical(t->v + (long)t->next * t->y.quads, t->y.quads, t->rows_of, n, out);
+}
+
+/* Take one more row of the image. */
+static void push(Target *t, const Kernel *kernel, uint8_t *const planes[3], int row, int width) {
+    const uint8_t *const in[3] = {planes[0], planes[1], planes[2]};
+    uint8_t *line[3];
+    for (int p = 0; p < 3; p++) line[p] = t->line + p * t->line_plane + t->left;
+    if (!t->down) {
+        if (t->across) kernel->horizontal(&t->h, in, line);
+        else for (int p = 0; p < 3; p++) memcpy(line[p], planes[p], (size_t)width);
+        finish_row(t);
+        return;
+    }
+    int slots = 4 * t->y.quads;
+    uint8_t *slot[3];
+    for (int p = 0; p < 3; p++) slot[p] = t->ring + (3L * (row % slots) + p) * t->ring_plane;
+    kernel->horizontal(&t->h, in, slot);
+    while (t->next < t->new_height && t->y.first[t->next] + t->y.count[t->next] <= row + 1) {
+        for (int p = 0; p < 3; p++)
+            make_row(t, kernel, t->ring + p * t->ring_plane, 3 * t->ring_plane, t->new_width,
+                     slots, line[p]);
+        finish_row(t);
+    }
 }
 
 /* Row by row, so that what is in between stays in the cache. Returns 0 without memory. */
-static int run(const Job *job, const Kernel *kernel) {
-    int across = job->width != job->new_width, down = job->height != job->new_height;
-    /* Which pass comes first changes the rounding in between: Pillow 13's rule. With one pass
-     * only there is no difference, and interleaved rows are as good to the vertical one. */
-    int shrink = job->height - job->new_height;
-    int down_first = down
-        && (!across || (shrink > 0 && shrink > 2L * (job->width - job->new_width)));
-    Work work = {0}, *w = &work;
-    int done = prepare(w, job, kernel, across, down);
-
-    for (int row = 0; done && row < job->top; row++) put(job, w, row);
-    for (int y = 0, next = 0; done && y < job->new_height; y++) {
-        uint8_t *line[3], *planes[3];
-        for (int p = 0; p < 3; p++) {
-            line[p] = w->line + p * w->line_plane + job->left;
-            planes[p] = across ? w->planes + p * w->plane : line[p];
-        }
-        const uint8_t *const in[3] = {planes[0], planes[1], planes[2]};
-        long stride = 3L * job->width;
-        if (down && !down_first) {
-            int first = w->y.first[y], count = w->y.count[y], slots = 4 * w->y.quads;
-            for (next = next < first ? first : next; next < first + count; next++) {
-                uint8_t *slot[3];
-                for (int p = 0; p < 3; p++)
-                    slot[p] = w->ring + (3L * (next % slots) + p) * w->ring_plane;
-                kernel->deinterleave(job->rgb + next * stride, job->width, planes);
-                kernel->horizontal(&w->h, in, slot);
-            }
-            for (int p = 0; p < 3; p++) {
-                for (int i = 0; i < slots; i++) {
-                    long slot = (first + (i < count ? i : 0)) % slots;
-                    w->taken[i] = w->ring + (3 * slot + p) * w->ring_plane;
-                }
-                kernel->vertical(
-                    w->v + (long)y * w->y.quads, w->y.quads, w->taken, job->new_width, line[p]);
-            }
-        } else {
-            const uint8_t *rgb = job->rgb + y * stride;
-            if (down) {
-                int first = w->y.first[y], count = w->y.count[y];
-                for (int i = 0; i < 4 * w->y.quads; i++)
-                    w->taken[i] = job->rgb + (first + (i < count ? i : 0)) * stride;
-                kernel->vertical(
-                    w->v + (long)y * w->y.quads, w->y.quads, w->taken, stride, w->packed);
-                rgb = w->packed;
-            }
-            kernel->deinterleave(rgb, job->width, planes);
-            if (across) kernel->horizontal(&w->h, in, line);
-        }
-        /* What was written beyond the row's end is margin. */
-        for (int p = 0; p < 3; p++) memset(line[p] + job->new_width, 0, 64);
-        put(job, w, job->top + y);
+static int run(Target *targets, const Kernel *kernel, const uint8_t *rgb, int height, int width) {
+    long stride = 3L * width, quads = 0, pushed = 0;
+    int done = 1;
+    for (Target *t = targets; t < targets + 2; t++) {
+        done = done && prepare(t, kernel, height, width);
+        if (t->x.quads > quads) quads = t->x.quads;
+        if (!t->down_first) pushed = 1;
     }
-    if (done) memset(w->line, 0, 3 * (size_t)w->line_plane);
-    for (int row = job->top + job->new_height; done && row < job->rows * job->side; row++)
-        put(job, w, row);
-    release(w);
+    long plane = (width + 4 * quads + SLACK + 63) / 64 * 64;
+    uint8_t *scratch = done ? allocate(3 * (size_t)plane) : NULL;
+    uint8_t *packed = done ? allocate((size_t)stride + 2 * SLACK) : NULL;
+    done = scratch && packed;
+    uint8_t *planes[3];
+    for (int p = 0; done && p < 3; p++) planes[p] = scratch + p * plane;
+    const uint8_t *const in[3] = {planes[0], planes[1], planes[2]};
+
+    for (int row = 0; done && pushed && row < height; row++) {
+        kernel->deinterleave(rgb + row * stride, width, planes);
+        for (Target *t = targets; t < targets + 2; t++)
+            if (!t->down_first) push(t, kernel, planes, row, width);
+    }
+    for (Target *t = targets; done && t < targets + 2; t++) {
+        uint8_t *line[3];
+        for (int p = 0; p < 3; p++) line[p] = t->line + p * t->line_plane + t->left;
+        while (t->next < t->new_height) {
+            make_row(t, kernel, rgb, stride, stride, height, packed);
+            kernel->deinterleave(packed, width, t->across ? planes : line);
+            if (t->across) kernel->horizontal(&t->h, in, line);
+            finish_row(t);
+        }
+        margins(t);
+    }
+    free(scratch);
+    free(packed);
+    for (Target *t = targets; t < targets + 2; t++) release(t);
     return done;
 }
 
 static PyObject *write_tiles(PyObject *self, PyObject *args) {
     (void)self;
-    Job job;
     const char *name;
     PyObject *source, *target, *result = NULL;
-    if (!PyArg_ParseTuple(args, "sO(ii)(ii)(ii)(ii)iO", &name, &source, &job.height, &job.width,
-            &job.new_height, &job.new_width, &job.top, &job.left, &job.rows, &job.columns,
-            &job.side, &target))
+    int height, width;
+    Target base = {0}, canvas = {0};
+    if (!PyArg_ParseTuple(args, "sO(ii)(ii)(ii)(ii)iO", &name, &source, &height, &width,
+            &canvas.new_height, &canvas.new_width, &canvas.top, &canvas.left, &canvas.rows,
+            &canvas.columns, &canvas.side, &target))
         return NULL;
     const Kernel *kernel = NULL;
     for (int i = 0; KERNELS[i]; i++)
         if (!strcmp(KERNELS[i]->name, name) && KERNELS[i]->supported()) kernel = KERNELS[i];
     if (!kernel) return PyErr_Format(PyExc_ValueError, "no instruction set %s here", name);
-    const int sizes[] = {job.height, job.width, job.new_height, job.new_width, job.side, job.rows,
-                         job.columns};
+    long high = (long)canvas.rows * canvas.side, wide = (long)canvas.columns * canvas.side;
+    const long sizes[] = {height, width, canvas.new_height, canvas.new_width, canvas.side,
+                          canvas.rows, canvas.columns, high, wide};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i] < 1 || sizes[i] > MAX_SIDE)
-            return PyErr_Format(PyExc_ValueError, "a size of %d is not in 1..65535", sizes[i]);
-    if (job.top < 0 || job.left < 0
-        || (long)job.top + job.new_height > (long)job.rows * job.side
-        || (long)job.left + job.new_width > (long)job.columns * job.side
-        || (long)job.rows * job.side > MAX_SIDE || (long)job.columns * job.side > MAX_SIDE)
+            return PyErr_Format(PyExc_ValueError, "a size of %ld is not in 1..65535", sizes[i]);
+    if (canvas.top < 0 || canvas.top > high - canvas.new_height || canvas.left < 0
+        || canvas.left > wide - canvas.new_width)
         return PyErr_Format(PyExc_ValueError, "the resized image does not fit the canvas");
+    base.rows = base.columns = 1;
+    base.new_height = base.new_width = base.side = canvas.side;
 
     Py_buffer from, to;
     if (PyObject_GetBuffer(source, &from, PyBUF_SIMPLE)) return NULL;
     if (PyObject_GetBuffer(target, &to, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)) goto source_only;
-    if (from.len < 3LL * job.height * job.width + SLACK
-        || to.len != 3LL * job.rows * job.columns * job.side * job.side) {
+    long long tile = 3LL * canvas.side * canvas.side;
+    if (from.len < 3LL * height * width + SLACK
+        || to.len != tile * (1 + (long long)canvas.rows * canvas.columns)) {
         PyErr_Format(PyExc_ValueError, "buffers of %zd and %zd bytes do not fit the sizes",
                      from.len, to.len);
     } else {
         int done;
-        job.rgb = from.buf;
-        job.tiles = to.buf;
+        Target targets[2] = {base, canvas};
+        targets[0].tiles = to.buf;
+        targets[1].tiles = targets[0].tiles + tile;
         Py_BEGIN_ALLOW_THREADS
-        done = run(&job, kernel);
+        done = run(targets, kernel, from.buf, height, width);
         Py_END_ALLOW_THREADS
         result = done ? Py_NewRef(Py_None) : PyErr_NoMemory();
     }
@@ -266,7 +298,7 @@ static PyObject *instruction_sets(PyObject *self, PyObject *none) {
 static PyMethodDef METHODS[] = {
     {"write_tiles", write_tiles, METH_VARARGS,
      "write_tiles(instructions, rgb, (height, width), (new_height, new_width), (top, left),\n"
-     "            (rows, columns), side, tiles)"},
+     "            (rows, columns), side, tiles): the base tile, then those of the canvas."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this processor has."},
     {NULL, NULL, 0, NULL}};
 

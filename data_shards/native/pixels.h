@@ -29,9 +29,9 @@ typedef struct {
 typedef struct {
     int groups, quads;
     int reach;        /* how the source bytes of a group are fetched; see the instruction set */
-    int (*base)[2];   /* [groups] where to load from */
-    uint8_t *index;   /* [groups][64] which of the bytes loaded go where */
-    uint8_t *weights; /* [groups][quads][256] */
+    int (*base)[4];           /* [groups] where to load from */
+    uint8_t (*index)[128];    /* [groups] which of the bytes loaded go where */
+    int32_t (*weights)[4][16]; /* [groups][quads], parts of weights, lanes */
 } Horizontal;
 
 typedef struct {

@@ -105,15 +105,15 @@ def test_sizes_that_do_not_fit_are_refused(instructions: str) -> None:
     import amalia_pixels
 
     rgb = np.zeros(8 * 8 * 3 + resize.SLACK, np.uint8)
-    tile = np.zeros((3, 16, 16), np.uint8)
-    good = [instructions, rgb, (8, 8), (16, 16), (0, 0), (1, 1), 16, tile]
+    tiles = np.zeros((2, 3, 16, 16), np.uint8)
+    good = [instructions, rgb, (8, 8), (16, 16), (0, 0), (1, 1), 16, tiles]
     amalia_pixels.write_tiles(*good)
-    frozen = tile.copy()
+    frozen = tiles.copy()
     frozen.flags.writeable = False
     for place, value in [
         (0, "sse9"), (1, rgb[:-1]), (2, (9, 8)), (2, (0, 8)), (2, (8, 70_000)), (2, (-8, -8)),
         (3, (17, 16)), (3, (16, 0)), (4, (1, 0)), (4, (0, -1)), (5, (1, 2)), (5, (5000, 5000)),
-        (6, 15), (7, tile[:2]), (7, frozen), (7, tile[:, ::2]),
+        (6, 15), (7, tiles[:1]), (7, frozen), (7, tiles[:, :, ::2]),
     ]:  # fmt: skip
         with pytest.raises((ValueError, BufferError)):
             amalia_pixels.write_tiles(*good[:place], value, *good[place + 1 :])
