@@ -1,6 +1,6 @@
 """Lines of a JSON Lines file. A line that is not a JSON object is one bad row, not a bad file."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -9,7 +9,7 @@ import numpy as np
 from data_shards.sources import json_text
 from data_shards.sources.blocks import FileScan, Piece, Starts
 from data_shards.sources.json_text import JsonError
-from data_shards.sources.rows import FIELDS, SourceError, SourceRow, open_binary
+from data_shards.sources.rows import SourceError, open_binary
 
 MAX_LINE = json_text.MAX_BYTES
 _CHUNK = 1 << 22
@@ -91,24 +91,3 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes | None]:
             yield None
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}); restore it") from None
-
-
-# What the builder called before sources were cut into blocks.
-
-
-def count(path: Path) -> int:
-    """Lines of the file, blank ones included."""
-    return scan(path, Starts(0, 1 << 62)).rows
-
-
-def rows(
-    path: Path, columns: Mapping[str, str], preference: bool, first_number: int, skip: int = 0
-) -> Iterator[SourceRow]:
-    """Rows from line `skip` (0-based) on; line r gets number `first_number + r`."""
-    wanted = FIELDS if preference else ("messages", "images")
-    theirs = {ours: columns.get(ours, ours) for ours in wanted}
-    for number, record, problem in read(Piece(path, 0, 1 << 62, 0)):
-        if number >= skip:
-            values = {ours: record.get(name) for ours, name in theirs.items()} if record else {}
-            origin = f"{path.name}:{number + 1}"
-            yield SourceRow(first_number + number, origin, path.parent, values, problem)

@@ -4,7 +4,7 @@ Memory: one page of each column and 16 rows. Reading begins at the row group of 
 is wanted; rows before it in its group are decoded and passed over.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.sources.blocks import FileScan, Piece, Starts
-from data_shards.sources.rows import FIELDS, SourceError, SourceRow
+from data_shards.sources.rows import SourceError
 
 _BATCH = 16  # rows decoded at a time
 _BUFFER = 1 << 20  # bytes; without it a whole column of a row group is read into memory
@@ -107,37 +107,3 @@ def _groups_from(file: pq.ParquetFile, first: int) -> tuple[list[int], int]:
             return list(range(group, file.num_row_groups)), row
         row += size
     return [], row
-
-
-# What the builder called before sources were cut into blocks.
-
-
-def count(path: Path) -> int:
-    """Rows of the file, from its footer."""
-    return scan(path, Starts(0, 1)).rows
-
-
-def rows(
-    path: Path, columns: Mapping[str, str], preference: bool, first_number: int, skip: int = 0
-) -> Iterator[SourceRow]:
-    """Rows from the `skip`-th on; row r gets number `first_number + r`."""
-    present = column_names(path)
-    needed = {"messages", "chosen", "rejected"} if preference else {"messages"}
-    wanted = FIELDS if preference else ("messages", "images")
-    theirs = {ours: columns.get(ours, ours) for ours in wanted}
-    missing = [
-        name
-        for ours, name in theirs.items()
-        if name not in present and (ours in needed or ours in columns)
-    ]
-    if missing:
-        raise SourceError(
-            f"{path} has no column {', '.join(missing)} (it has {', '.join(sorted(present))}); "
-            "name its columns in data.sources.NAME.columns"
-        )
-    rest = count(path) - skip
-    if rest > 0:
-        for row, record, problem in read(Piece(path, skip, rest, 0), set(theirs.values())):
-            values = {ours: record.get(name) for ours, name in theirs.items()}
-            origin = f"{path.name}:{row}"
-            yield SourceRow(first_number + row, origin, path.parent, values, problem)

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_shards.sample import SampleError
-from data_shards.sources import json_text
 
-FIELDS = ("messages", "images", "chosen", "rejected")
 MAX_IMAGE_BYTES = 256 << 20
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -41,28 +39,6 @@ class SourceRow:
     values: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
     attached: Sequence[tuple[str, bytes]] = ()
-
-    def messages(self) -> Any:
-        """The messages; a JSON string is accepted for a list."""
-        value = self.values.get("messages")
-        if isinstance(value, str):
-            try:
-                return json_text.parse(value)
-            except ValueError as error:
-                raise SampleError(f"messages is text but not JSON ({error})") from None
-        return value
-
-    def images(self) -> list[bytes]:
-        """Encoded images: each given as bytes, as a path, or as {"bytes", "path"}.
-
-        Raises:
-            SampleError: an image that is none of these, or that cannot be read.
-        """
-        value = self.values.get("images")
-        if value is None:
-            return []
-        items = list(value) if isinstance(value, (list, tuple)) else [value]
-        return [read_image(item, self.folder, f"image {n}") for n, item in enumerate(items)]
 
 
 def read_image(reference: Any, folder: Path, where: str) -> bytes:

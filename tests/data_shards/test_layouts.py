@@ -93,7 +93,7 @@ def test_nemotron_v2(tmp_path: Path) -> None:
     (tmp_path / "path" / "page.png").write_bytes(b"page")
     metadata = {"width": 1024, "height": 768, "format": "PNG", "mode": "RGB"}
     image = {"type": "image", "image": "path/page.png", "metadata": metadata}
-    record = {
+    record: dict[str, Any] = {
         "id": "292180",
         "messages": [
             {"role": "system", "content": [text("Lê o documento.")]},

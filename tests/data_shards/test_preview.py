@@ -88,7 +88,7 @@ def test_what_a_page_shows(tmp_path: Path, tokenizer: Path) -> None:
     assert "90×40 px" in text and "CC-BY-4.0" in text
     assert len(shown.images()) == 1 and shown.images()[0].startswith("data:image/jpeg;base64,")
     encoder = ChatTokenizer.from_directory(tokenizer)
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "O que é?"}]},
         {"role": "assistant", "content": "Um gato."},
     ]
