@@ -13,10 +13,15 @@ from data_shards.reader import BadSample, DescriptorCache, ShardReader
 from tests.data_shards.conftest import World
 
 
+def copied(world: World, name: str, root: Path) -> Manifest:
+    """A copy of one data set under `root`, to be damaged."""
+    shutil.copytree(world.manifests[name].path.parent, root / name)
+    return read_manifest(root / name / "manifest.parquet")
+
+
 @pytest.fixture
 def manifest(world: World, tmp_path: Path) -> Manifest:
-    shutil.copytree(world.manifests["chats"].path.parent, tmp_path / "chats")
-    return read_manifest(tmp_path / "chats" / "manifest.parquet")
+    return copied(world, "chats", tmp_path)
 
 
 def flip(path: Path, offset: int) -> None:
