@@ -18,15 +18,15 @@ from PIL import Image
 
 from conf.schema.data import ImageLimits
 from data_shards import jpeg_metadata, png_metadata
-from data_shards.difference_hash import difference_hash
+from data_shards.difference_hash import MIN_HEIGHT, MIN_WIDTH, difference_hash
 from data_shards.images import ImageError
 from data_shards.orientation import orientation, upright
 
 # Not formats that name other files or call programs.
 _OTHERS = ("WEBP", "GIF", "BMP", "TIFF")
-# A JPEG is decoded at the smallest of libjpeg's scales that has this many samples, four for each
-# of the hash: every coded bit is read, few pixels are computed.
-_HASHED = {"min_width": 68, "min_height": 64}
+# A JPEG is decoded at the smallest of libjpeg's scales that is enough for the hash: every coded bit
+# is read, few pixels are computed.
+_HASHED = {"min_width": MIN_WIDTH, "min_height": MIN_HEIGHT}
 _GREY_MODES = ("1", "L")
 
 
@@ -100,12 +100,21 @@ def _store_jpeg(data: bytes, limits: ImageLimits) -> StoredImage:
     parts = jpeg_metadata.take_apart(data)
     check_size(parts.width, parts.height, limits)
     # Strict: what libjpeg only warns of (missing or superfluous coded bytes) is an error.
-    grey = simplejpeg.decode_jpeg(parts.bare, "GRAY", strict=True, **_HASHED)
+    grey = simplejpeg.decode_jpeg(parts.bare, "GRAY", strict=True, **_HASHED)[:, :, 0]
     turn = orientation(parts.exif, parts.xmp)
     if parts.components < 4 and turn == 1:
-        fingerprint = difference_hash(Image.fromarray(grey[:, :, 0]))
+        picture = _scaled_size(parts.width, parts.height, grey.shape)
+        fingerprint = difference_hash(Image.fromarray(grey), picture)
         return StoredImage(parts.bare, "jpg", parts.width, parts.height, fingerprint)
     return _as_png(_open(parts.bare, ("JPEG",), limits), turn)
+
+
+def _scaled_size(width: int, height: int, shape: tuple[int, ...]) -> tuple[float, float]:
+    """What of a picture decoded at n/8 of its size is picture: libjpeg rounds sides up."""
+    for eighths in range(1, 9):
+        if shape == (-(-height * eighths // 8), -(-width * eighths // 8)):
+            return width * eighths / 8, height * eighths / 8
+    raise ImageError(f"not a readable image: decoded to {shape[1]}x{shape[0]} px")
 
 
 def _store_png(data: bytes, limits: ImageLimits) -> StoredImage:
