@@ -114,8 +114,9 @@ format: $(READY) ## ruff, writing
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-shards: $(READY) ## sources of DATA to tar shards and manifests
-	$(HERE) $(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) $(ARGS)
+shards: $(READY) ## sources of DATA to tar shards and manifests; DRY=1 shows ten samples of each
+	$(if $(REMOTE),$(HERE))$(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) \
+		$(if $(DRY),dry=$(DRY)) $(ARGS)
 
 stage1 stage2 stage3: $(LAUNCHER) ## one stage of RUN; the same command resumes
 	$(SUBMIT) 'stages=[$@]' $(ARGS)

@@ -55,7 +55,7 @@ def examine_digest(
         "tokenizer": tokenizer_digest,
         "geometry": settings.geometry.digest(),
         "pillow": PIL.__version__,
-        "variety": _rules(),
+        "variety": variety.VERSION,
         "variety_model": _file_facts(settings.variety_model),
     }
     return _digest(content)
@@ -73,7 +73,6 @@ def dataset_digest(
     content = {
         "version": [WRITE_VERSION, DUPLICATES_VERSION],
         "examined": examined,
-        "in_place": source.in_place,
         "unique_images": source.unique_images,
         "shard_bytes": data.shard_bytes,
         "duplicates": rules,
@@ -81,10 +80,6 @@ def dataset_digest(
         "evaluation": [asdict(one) for one in evaluation],
     }
     return _digest(content)
-
-
-def _rules() -> Any:
-    return getattr(variety, "VERSION", 0)
 
 
 def _file_facts(path: str | None) -> list[Any] | None:

@@ -138,10 +138,16 @@ class BuildPlan:
             for name, source in self.data.duplicates.evaluation.items()
         ]
 
-    @cached_property
-    def targets(self) -> list[Target]:
-        """What was asked for, in the order of data.sources."""
-        return [self._target(name) for name in self.asked]
+    def targets(self, share: Share | None = None) -> list[Target]:
+        """What was asked for, in the order of data.sources; of a share only its source.
+
+        Raises:
+            BuildError: the source of the share was not asked for.
+        """
+        if share is not None and share.source not in self.asked:
+            raise BuildError(f"source={share.source} is none of {', '.join(self.asked)}")
+        names = self.asked if share is None else [share.source]
+        return [self._target(name) for name in names]
 
     def recipes(self) -> dict[str, Recipe]:
         """For every examination that was made so far."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from data_shards.build_plan import BuildPlan, Examination, Share, Target
-
 from data_shards.duplicates import NamedFingerprints, find_duplicates
 from data_shards.finish import finish
 from data_shards.locks import FileLock
@@ -23,9 +22,7 @@ class BuildRun:
 
     def run(self, share: Share | None = None) -> dict[str, Manifest]:
         """Every target, or a share of one; returns the data sets that are finished by now."""
-        targets = self._plan.targets
-        if share is not None:
-            targets = [target for target in targets if target.name == share.source]
+        targets = self._plan.targets(share)
         finished: dict[str, Manifest] = {}
         stale: list[Target] = []
         for target in targets:

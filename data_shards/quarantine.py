@@ -58,6 +58,7 @@ def sample_members(row: SourceRow) -> list[tuple[str, bytes]] | None:
     try:
         values = plain(row.values)
         record = json.dumps({"origin": row.origin, **values}, default=repr).encode()
+        blobs += [data for _, data in row.attached]
     except (ValueError, RecursionError):
         return None
     members = [(f"{key_of(row.number)}.json", record)]

@@ -21,7 +21,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_parse() -> None:
     request = parse(
         ["task=validate", "run=r", "cluster=mn5", "cluster.hours=3", "+cluster.site.sbatch.x=y"]
-        + ["elements=5", "throttle=2", "hours=0.5", "dry=1", "only=[a,b]", "data.images.max_pixels=9"]
+        + [
+            "elements=5",
+            "throttle=2",
+            "hours=0.5",
+            "dry=1",
+            "only=[a,b]",
+            "data.images.max_pixels=9",
+        ]
     )
     assert request.asked.overrides == ("run=r", "data.images.max_pixels=9")
     assert len(request.overrides) == 5
@@ -34,7 +41,7 @@ def test_parse() -> None:
         (["task=shards", "throttle=0"], "positive whole number"),
         (["task=shards", "elements=1.5"], "positive whole number"),
         (["task=shards", "hours=-1"], "positive number"),
-        (["task=shards", "parts=3"], "parts= is for task=reference"),
+        (["task=validate", "parts=3"], "parts= is for task=shards or reference"),
         (["task=shards", "dry=perhaps"], "neither true nor false"),
     ):
         with pytest.raises(ConfigError, match=cause):
