@@ -65,7 +65,8 @@ def finish(target: Target, plan: BuildPlan) -> None:
         samples = writer.rows
     folder.drop_unlisted({shard.name for shard in shards})
     _write_hits(target)
-    if importlib.util.find_spec("data_shards.card"):
+    spec = importlib.util.find_spec("data_shards.card")
+    if spec is not None and spec.origin is not None:
         from data_shards.card import write_card
 
         write_card(folder.building, target.name)
