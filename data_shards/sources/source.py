@@ -10,6 +10,7 @@ from conf.schema.data import SourceConfig
 from data_shards.layout_columns import Columns, LayoutError, Rules, candidates, find
 from data_shards.sources import json_list, jsonl, parquet, webdataset
 from data_shards.sources.blocks import Block, FileScan, Piece, Starts, cut
+from data_shards.sources.image_roots import ImageRoots
 from data_shards.sources.rows import SourceError, SourceRow
 
 _SCANS: dict[str, Callable[[Path, Starts], FileScan]] = {
@@ -31,6 +32,7 @@ class Source:
         self.name, self.config, self.files = name, config, list(files)
         self._columns: Collection[str] = candidates(Rules.of(config))
         self._blocks: dict[int, list[Block]] = {}
+        self._image_roots = ImageRoots(config.image_root, self.files)
         self._folder = Path(os.path.commonpath([path.parent for path in self.files]))
 
     def blocks(self, block_rows: int) -> list[Block]:
@@ -79,7 +81,7 @@ class Source:
         # Row numbers of a piece follow those of the pieces before it.
         before = sum(p.rows for p in block.pieces[: block.pieces.index(piece)])
         first = block.first_number + before - piece.first_row
-        folder = Path(self.config.image_root) if self.config.image_root else piece.file.parent
+        folder = self._image_roots.of(piece.file)
         label = piece.file.relative_to(self._folder).as_posix()
         if self.config.format == "webdataset":
             for row, key, record, attached, problem in webdataset.read(piece):
