@@ -12,6 +12,7 @@ OUT ?= $(if $(filter stage3,$(STAGE)),runs/$(RUN)/hf,runs/$(RUN)/$(STAGE)/hf)
 DRY ?=
 TEST_ONLY ?=
 YES ?=
+BENCH ?= speed
 ARGS ?=
 VENV ?= .venv
 WORKERS ?= 2
@@ -160,8 +161,9 @@ dryrun: $(READY) ## build and step every rank of a layout on this machine, witho
 profile: $(READY) ## some steps of STAGE under torch's profiler, to runs/RUN/profile
 	$(HERE) $(PY) -m tools.profile_run run=$(RUN) model=$(MODEL) data=$(DATA) stage=$(STAGE) $(ARGS)
 
-bench: $(READY) ## measure what this machine can; tables to docs/benchmarks
-	$(HERE) $(PY) -m tools.bench $(ARGS)
+bench: $(READY) ## measure what this machine can (BENCH=speed|data); tables to docs/benchmarks
+	$(if $(filter data,$(BENCH)),$(HERE) $(MAKE) -s setup-energon || echo 'note: no energon to compare with')
+	$(HERE) $(PY) -m tools.bench bench=$(BENCH) $(ARGS)
 
 report: $(READY) ## report.html and report.json of RUN
 	$(HERE) $(PY) -m tools.report run=$(RUN) $(ARGS)
