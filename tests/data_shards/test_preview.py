@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conf.schema.data import DataConfig, SourceConfig
-from data_shards import preview
+from data_shards import build, preview
 from data_shards.chat import ChatTokenizer
 from data_shards.preview import write_preview
 from data_shards.sources import SourceError
@@ -151,3 +151,17 @@ def test_nothing_usable_nothing_there(tmp_path: Path, tokenizer: Path) -> None:
 def test_long_texts_are_cut(tmp_path: Path, tokenizer: Path) -> None:
     text = page(tmp_path, [chat("palavra " * 2000)], tokenizer).text
     assert f"{16000 - preview.MOST_TEXT:,} more characters" in text
+
+
+def test_the_command(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """dry=1 draws what can be drawn, and fails for the sources that cannot be read."""
+    toys.write_jsonl(tmp_path / "a.jsonl", [chat("Um gato.")])
+    words = ["data=demo", "dry=1", f"runs_dir={tmp_path / 'runs'}", "run=r", "only=[text,vqa]"]
+    words += [f"data.tokenizer={tokenizer}", f"data.root={tmp_path / 'root'}"]
+    words += ["data.sources.vqa.format=jsonl", f"data.sources.vqa.input={tmp_path / '*.jsonl'}"]
+    assert build.main(words) == 1
+    said = capsys.readouterr()
+    assert said.out == f"vqa: {tmp_path / 'runs' / 'r' / 'preview' / 'vqa.html'}\n"
+    assert said.err.startswith("error: data.sources.text.input=") and said.err.count("\n") == 1
+    assert build.main([*words, "only=[vqa]"]) == 0
+    assert not (tmp_path / "root").exists()
