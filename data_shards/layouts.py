@@ -26,6 +26,8 @@ from data_shards.sources import json_text
 from data_shards.sources.rows import SourceRow, read_image
 
 MAX_LICENCE = 200  # characters
+MAX_IMAGES = 256  # of one sample; more would be read before anything is checked
+MAX_BYTES = 1 << 30  # of all images of one sample
 _ROLES = {  # LLaVA's and ShareGPT's names
     "human": "user",
     "user": "user",
@@ -77,12 +79,19 @@ def to_fields(row: SourceRow, source: SourceConfig) -> Fields:
     if row.problem is not None:
         raise SampleError(row.problem)
     chat = read_chat(row.values, Rules.of(source), row.number, len(row.attached))
+    if len(chat.references) > MAX_IMAGES:
+        raise SampleError(f"{len(chat.references)} images, more than {MAX_IMAGES}")
     if row.attached:
         names = [name for name, _ in row.attached]
         order = member_order(chat.references, names)
         images = [row.attached[number][1] for number in order]
     else:
-        images = [read_image(r, row.folder, f"image {n}") for n, r in enumerate(chat.references)]
+        images, size = [], 0
+        for number, reference in enumerate(chat.references):
+            images.append(read_image(reference, row.folder, f"image {number}"))
+            size += len(images[-1])
+            if size > MAX_BYTES:
+                raise SampleError(f"its images have over {MAX_BYTES} bytes")
     licence = chat.licence or source.licence
     return Fields(chat.messages, images, chat.chosen, chat.rejected, licence, chat.layout)
 

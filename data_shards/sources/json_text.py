@@ -7,6 +7,7 @@ MAX_BYTES = 64 << 20  # of one row
 # A bracket may cost 100 bytes of memory, a comma 60: "[[],[],...]" grows thirtyfold.
 MAX_BRACKETS = 1_000_000
 MAX_COMMAS = 4_000_000
+MAX_DEPTH = 64  # what is deeper could overflow the stack wherever it is compared or printed
 
 
 class JsonError(ValueError):
@@ -27,7 +28,7 @@ def parse(text: bytes | str) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, parse_constant=lambda name: None)
+        value = json.loads(text, parse_constant=lambda name: None)
     except UnicodeDecodeError:
         raise JsonError("the JSON is not UTF-8") from None
     except RecursionError:
@@ -37,6 +38,9 @@ def parse(text: bytes | str) -> Any:
         raise JsonError(f"not JSON ({error.msg} at character {error.pos})") from None
     except ValueError as error:
         raise JsonError(f"not acceptable JSON ({error})") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    return value
 
 
 def parse_object(text: bytes | str) -> dict[str, Any]:
@@ -49,6 +53,20 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise JsonError("not a JSON object")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if _nests(value) else []
+    for _ in range(MAX_DEPTH):
+        children = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [child for some in children for child in some if _nests(child)]
+        if not level:
+            return
+    raise JsonError("the JSON is nested too deeply")
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, (list, dict))
 
 
 def _limit(text: bytes | str, characters: str, most: int) -> None:

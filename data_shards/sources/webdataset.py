@@ -17,6 +17,7 @@ from data_shards.sources.rows import MAX_IMAGE_BYTES, SourceError
 from data_shards.tar_index import TarError, TarMember, TarSample, read_member, samples
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+MAX_BYTES = 1 << 30  # of one sample
 Row = tuple[int, str, dict[str, Any], list[tuple[str, bytes]], str | None]
 
 
@@ -61,6 +62,9 @@ def _contents(
 ) -> tuple[dict[str, Any], list[tuple[str, bytes]], str | None]:
     if sample.problem is not None:
         return {}, [], sample.problem
+    size = sum(member.size for member in sample.members.values())
+    if size > MAX_BYTES:
+        return {}, [], f"its members have {size} bytes, more than {MAX_BYTES}"
     record: dict[str, Any] = {}
     images = []
     for extension, member in sample.members.items():

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.schema.data import SourceConfig
+from data_shards import layouts
 from data_shards.layouts import Rules, member_order, record_messages, to_fields
 from data_shards.sample import Sample, SampleError, parse_sample
 from data_shards.sources import SourceError, SourceRow, open_source
@@ -322,6 +323,19 @@ def test_messages_as_json_text() -> None:
 def test_what_is_no_image(value: object) -> None:
     with pytest.raises(SampleError, match="image 0 is neither bytes nor a path"):
         read({"messages": [user("<image>"), answer("a")], "images": value})
+
+
+def test_more_images_than_a_sample_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"12345")
+    row = {"messages": [user("<image>"), answer("a")], "images": ["a.png"] * 3}
+    monkeypatch.setattr(layouts, "MAX_BYTES", 9)
+    with pytest.raises(SampleError, match="have over 9 bytes"):
+        read(row, tmp_path)
+    monkeypatch.setattr(layouts, "MAX_IMAGES", 2)
+    with pytest.raises(SampleError, match="3 images, more than 2"):
+        read(row, tmp_path)
 
 
 def test_foreign_records() -> None:

@@ -27,6 +27,7 @@ def read(path: Path, form: str, block_rows: int = 100) -> list[SourceRow]:
         (b"[1]", "not a JSON object"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a":' * 64 + b"[]" + b"}" * 64, "nested too deeply"),
         (b"[" * 2_000_000, r"over 1000000 of \[ \{"),
         (b"[" + b"0," * 5_000_000, "over 4000000 of ,"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not acceptable JSON .*4300 digits"),
@@ -39,7 +40,8 @@ def test_what_is_not_acceptable(text: bytes, reason: str) -> None:
         parse_object(text)
 
 
-def test_numbers_that_json_does_not_know_are_null() -> None:
+def test_what_is_still_acceptable() -> None:
+    assert parse_object(b'{"a":' * 63 + b"[]" + b"}" * 63)
     assert parse('{"score": NaN, "a": -Infinity, "b": 1e5}') == {"score": None, "a": None, "b": 1e5}
 
 
