@@ -138,6 +138,17 @@ class DataConfig:
             for stage, weights in self.mix.items()
         }
 
+    def phases(self, stage: str) -> list[PhaseConfig]:
+        """What a stage draws from, phase after phase; one where it has no curriculum."""
+        if stage in self.curriculum:
+            return sorted(self.curriculum[stage].values(), key=lambda phase: phase.until)
+        return [PhaseConfig(1.0, self.mix[stage])] if stage in self.mix else []
+
+    def drawn(self, stage: str) -> list[str]:
+        """Names of the sources that a stage draws from at all, sorted."""
+        phases = self.phases(stage)
+        return sorted({name for phase in phases for name, w in phase.weights.items() if w > 0})
+
     def check(self) -> None:
         for name, source in self.sources.items():
             source.check(name)
