@@ -8,6 +8,7 @@ again, and compares them with what was examined.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -18,7 +19,7 @@ from data_shards.fingerprints import fingerprint
 from data_shards.image_store import StoredImage, store
 from data_shards.sample import Sample, SampleError, parse_sample
 from data_shards.sources.rows import SourceRow
-from data_shards.variety import classify
+from data_shards.variety_judge import Judge
 from models.anyres import AnyresGeometry
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in Pillow's messages; another one every time
@@ -84,6 +85,12 @@ class Preparer:
 
     def __init__(self, settings: Settings, tokenizer: ChatTokenizer):
         self._settings, self._tokenizer = settings, tokenizer
+        self._judge = Judge(settings.variety_model)
+        geometry = settings.geometry
+        # Pictures of a source have few sizes, and each would try every canvas.
+        self._tiles_and_tokens = lru_cache(maxsize=65536)(
+            lambda height, width: (geometry.n_tiles(height, width), geometry.n_tokens(height, width))
+        )
 
     @property
     def limits(self) -> ImageLimits:
@@ -159,12 +166,12 @@ class Preparer:
         )
 
     def _examine(self, row: SourceRow) -> Examined:
-        sample, geometry = self._sample(row), self._settings.geometry
+        sample = self._sample(row)
         images = [_stored(data, n, self._settings.limits) for n, data in enumerate(sample.images)]
-        tiles = [geometry.n_tiles(image.height, image.width) for image in images]
+        sizes = [self._tiles_and_tokens(image.height, image.width) for image in images]
         record = sample.to_json()
         text = "\n".join(sample.answers()[: 1 if sample.is_pair else None])
-        verdict = classify(text)
+        verdict = self._judge(text)
         values = {
             "number": row.number,
             "origin": row.origin,
@@ -176,13 +183,13 @@ class Preparer:
                     "sha256": image.sha256,
                     "width": image.width,
                     "height": image.height,
-                    "tiles": n_tiles,
+                    "tiles": tiles,
                     "extension": image.extension,
                 }
-                for image, n_tiles in zip(images, tiles, strict=True)
+                for image, (tiles, _) in zip(images, sizes, strict=True)
             ],
-            **self._lengths(sample, [geometry.n_tokens(i.height, i.width) for i in images]),
-            "tiles": sum(tiles),
+            **self._lengths(sample, [tokens for _, tokens in sizes]),
+            "tiles": sum(tiles for tiles, _ in sizes),
             "variety": verdict.label,
             "language": verdict.language,
             "source": sample.source,
