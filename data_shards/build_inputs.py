@@ -19,6 +19,7 @@ import PIL
 
 from conf.schema.data import DataConfig, SourceConfig
 from data_shards import variety
+from data_shards.fasttext_model import file_digest
 from data_shards.prepare import Settings
 
 # Raise them when the same inputs would give other results.
@@ -56,7 +57,7 @@ def examine_digest(
         "geometry": settings.geometry.digest(),
         "pillow": PIL.__version__,
         "variety": variety.VERSION,
-        "variety_model": _file_facts(settings.variety_model),
+        "variety_model": settings.variety_model and file_digest(settings.variety_model),
     }
     return _digest(content)
 
@@ -80,13 +81,6 @@ def dataset_digest(
         "evaluation": [asdict(one) for one in evaluation],
     }
     return _digest(content)
-
-
-def _file_facts(path: str | None) -> list[Any] | None:
-    if path is None:
-        return None
-    stat = os.stat(path)
-    return [Path(path).name, stat.st_size, stat.st_mtime_ns]
 
 
 def _digest(content: dict[str, Any]) -> str:

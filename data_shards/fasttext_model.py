@@ -107,7 +107,12 @@ def labels_file(path: Path) -> Path:
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of the model and of the file that names its labels; part of what decides labels."""
+    """SHA-256 of the model and of the file that names its labels; part of what decides labels.
+
+    Raises:
+        ModelError: the model is not one.
+    """
+    check_file(Path(path))
     digest = hashlib.sha256()
     for part in (Path(path), labels_file(Path(path))):
         if part.exists():
