@@ -15,7 +15,7 @@ import numpy as np
 from data_shards.sources import json_text
 from data_shards.sources.blocks import FileScan, Piece, Starts
 from data_shards.sources.json_text import JsonError
-from data_shards.sources.rows import SourceError, open_binary
+from data_shards.sources.rows import SourceError, open_text
 
 _CHUNK = 1 << 22
 _QUOTE, _BACKSLASH, _COMMA = b'"'[0], b"\\"[0], b","[0]
@@ -42,7 +42,7 @@ def scan(path: Path, starts: Starts) -> FileScan:
         SourceError: the file cannot be read, is no list, is cut short, or goes on after its list.
     """
     found = FileScan()
-    with open_binary(path) as file:
+    with open_text(path) as file:
         begin = _open_list(path, file)
         wanted, blank, after = 0, True, -1
         for cut in _cuts(path, file, begin):
@@ -71,7 +71,7 @@ def read(piece: Piece) -> Iterator[tuple[int, dict[str, Any], str | None]]:
     Raises:
         SourceError: the file cannot be read or is no longer what was counted.
     """
-    with open_binary(piece.file) as file:
+    with open_text(piece.file) as file:
         row, last = piece.first_row, piece.first_row + piece.rows
         held: bytearray | None = bytearray()  # None: too long to be held
         for cut in _cuts(piece.file, file, piece.offset):

@@ -9,7 +9,7 @@ import numpy as np
 from data_shards.sources import json_text
 from data_shards.sources.blocks import FileScan, Piece, Starts
 from data_shards.sources.json_text import JsonError
-from data_shards.sources.rows import SourceError, open_binary
+from data_shards.sources.rows import SourceError, open_text
 
 MAX_LINE = json_text.MAX_BYTES
 _CHUNK = 1 << 22
@@ -23,7 +23,7 @@ def scan(path: Path, starts: Starts) -> FileScan:
         SourceError: the file cannot be opened or read.
     """
     found, begin, ended = FileScan(), 0, True
-    with open_binary(path) as file:
+    with open_text(path) as file:
         wanted = 0  # the next line whose offset is asked for
         while chunk := _read(path, file, _CHUNK):
             if found.rows == wanted and ended:
@@ -51,7 +51,7 @@ def read(piece: Piece) -> Iterator[tuple[int, dict[str, Any], str | None]]:
     Raises:
         SourceError: the file cannot be read.
     """
-    with open_binary(piece.file) as file:
+    with open_text(piece.file) as file:
         file.seek(piece.offset)
         for line, row in zip(_lines(piece.file, file), range(piece.rows), strict=False):
             number = piece.first_row + row

@@ -5,34 +5,35 @@ is wanted; rows before it in its group are decoded and passed over.
 """
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.sources.blocks import FileScan, Piece, Starts
+from data_shards.sources.blocks import Piece
 from data_shards.sources.rows import SourceError
 
 _BATCH = 16  # rows decoded at a time
 _BUFFER = 1 << 20  # bytes; without it a whole column of a row group is read into memory
+# A column of a row group that says it unpacks to more than both is no data but a bomb.
+_BOMB_BYTES, _BOMB_RATIO = 1 << 30, 200
 _ERRORS = (pa.ArrowException, OSError)
 
 
-def scan(path: Path, starts: Starts) -> FileScan:
-    """Rows of the file, from its footer.
+@dataclass(frozen=True)
+class Footer:
+    """What a file says of itself: its rows and the names of its top-level columns."""
 
-    Raises:
-        SourceError: the footer is damaged.
-    """
+    rows: int
+    columns: tuple[str, ...]
+
+
+def footer(path: Path) -> Footer:
+    """Read the end of a file; SourceError if it is damaged."""
     with _open(path) as file:
-        return FileScan(int(file.metadata.num_rows))
-
-
-def column_names(path: Path) -> list[str]:
-    """Names of the top-level columns; SourceError if the file is damaged."""
-    with _open(path) as file:
-        return list(file.schema_arrow.names)
+        return Footer(int(file.metadata.num_rows), tuple(file.schema_arrow.names))
 
 
 def read(
@@ -49,6 +50,7 @@ def read(
     with _open(piece.file) as file:
         present = [name for name in file.schema_arrow.names if name in columns]
         groups, row = _groups_from(file, piece.first_row)
+        _check_sizes(piece.file, file, groups, present)
         last = piece.first_row + piece.rows
         try:
             batches = file.iter_batches(_BATCH, groups, present, use_threads=False)
@@ -81,6 +83,22 @@ def _records(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], str | None
         except UnicodeDecodeError as error:
             record, problem = {}, f"a text is not UTF-8 ({error.reason})"
         yield record, problem
+
+
+def _check_sizes(
+    path: Path, file: pq.ParquetFile, groups: Collection[int], names: Collection[str]
+) -> None:
+    for group in groups:
+        row_group = file.metadata.row_group(group)
+        for number in range(row_group.num_columns):
+            column = row_group.column(number)
+            size, packed = column.total_uncompressed_size, column.total_compressed_size
+            top = column.path_in_schema.partition(".")[0]
+            if top in names and size > _BOMB_BYTES and size > _BOMB_RATIO * packed:
+                raise SourceError(
+                    f"{path}: column {column.path_in_schema} of row group {group} unpacks "
+                    f"{packed} bytes to {size}; take the file out of data.sources"
+                )
 
 
 def _open(path: Path) -> pq.ParquetFile:

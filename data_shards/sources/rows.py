@@ -12,6 +12,16 @@ from data_shards.sample import SampleError
 
 MAX_IMAGE_BYTES = 256 << 20
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
+_NO_JSON = {
+    b"\x1f\x8b": "compressed with gzip: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first",
+    b"\xfd7zX": "compressed with xz: unpack it first",
+    b"BZh": "compressed with bzip2: unpack it first",
+    b"PK\x03\x04": "a zip archive: unpack it first",
+    b"PAR1": "Parquet: set format=parquet",
+    b"\xff\xfe": "UTF-16, not UTF-8: convert it first",
+    b"\xfe\xff": "UTF-16, not UTF-8: convert it first",
+}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -90,9 +100,21 @@ def read_inside(folder: Path, name: str) -> bytes:
         raise SampleError(f"image {name[:200]!r} cannot be read ({reason})") from None
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """A source file to read; SourceError when it cannot be opened."""
+def open_text(path: Path) -> BinaryIO:
+    """A file of JSON to read as bytes.
+
+    Raises:
+        SourceError: it cannot be opened, or is compressed, Parquet or UTF-16: each of its lines
+            would be refused.
+    """
     try:
-        return open(path, "rb")
+        file = open(path, "rb")
+        head = file.read(4)
+        file.seek(0)
     except OSError as error:
         raise SourceError(f"{path} cannot be opened ({error.strerror}); correct the path") from None
+    for magic, advice in _NO_JSON.items():
+        if head.startswith(magic):
+            file.close()
+            raise SourceError(f"{path} is {advice}")
+    return file

@@ -3,18 +3,19 @@
 import glob
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from conf.schema.data import SourceConfig
-from data_shards.layout_columns import Columns, LayoutError, Rules, candidates, find
+from conf.schema.data import FORMATS, SourceConfig
+from data_shards.layout_columns import LayoutError, Rules, candidates, find
 from data_shards.sources import json_list, jsonl, parquet, webdataset
 from data_shards.sources.blocks import Block, FileScan, Piece, Starts, cut
 from data_shards.sources.image_roots import ImageRoots
 from data_shards.sources.rows import SourceError, SourceRow
 
+_FOOTERS = 8  # read at a time
 _SCANS: dict[str, Callable[[Path, Starts], FileScan]] = {
-    "parquet": parquet.scan,
     "jsonl": jsonl.scan,
     "json": json_list.scan,
     "webdataset": webdataset.scan,
@@ -32,6 +33,7 @@ class Source:
         self.name, self.config, self.files = name, config, list(files)
         self._columns: Collection[str] = candidates(Rules.of(config))
         self._blocks: dict[int, list[Block]] = {}
+        self._rows_of: dict[Path, int] = {}  # of Parquet files
         self._image_roots = ImageRoots(config.image_root, self.files)
         self._folder = Path(os.path.commonpath([path.parent for path in self.files]))
 
@@ -44,6 +46,8 @@ class Source:
                 layout needs.
         """
         if block_rows not in self._blocks:
+            if self.config.format == "parquet":
+                self._read_footers()
             self._blocks[block_rows] = cut(self.files, block_rows, self._scan)
         return self._blocks[block_rows]
 
@@ -55,27 +59,27 @@ class Source:
         """
         return (row for piece in block.pieces for row in self._piece(piece, block))
 
-    def columns_of(self, path: Path) -> Columns:
-        """What a Parquet file's columns are taken for.
-
-        Raises:
-            SourceError: they fit no layout.
-        """
-        try:
-            return find(parquet.column_names(path), Rules.of(self.config))
-        except LayoutError as error:
-            raise SourceError(f"data.sources.{self.name}: {path}: {error}") from None
-
     def column_names(self, row: SourceRow) -> list[str]:
         """All columns: of the first file where the format has columns, else of this row."""
         if self.config.format == "parquet":
-            return parquet.column_names(self.files[0])
+            return list(parquet.footer(self.files[0]).columns)
         return list(row.values)
 
     def _scan(self, path: Path, starts: Starts) -> FileScan:
         if self.config.format == "parquet":
-            self.columns_of(path)  # rows would all be refused, one by one
+            return FileScan(self._rows_of[path])
         return _SCANS[self.config.format](path, starts)
+
+    def _read_footers(self) -> None:
+        """Rows of each Parquet file; SourceError where its columns fit no layout."""
+        rules = Rules.of(self.config)
+        with ThreadPoolExecutor(_FOOTERS) as pool:  # they wait for the file system
+            for path, found in zip(self.files, pool.map(parquet.footer, self.files), strict=True):
+                try:
+                    find(found.columns, rules)  # rows would all be refused, one by one
+                except LayoutError as error:
+                    raise SourceError(f"data.sources.{self.name}: {path}: {error}") from None
+                self._rows_of[path] = found.rows
 
     def _piece(self, piece: Piece, block: Block) -> Iterator[SourceRow]:
         # Row numbers of a piece follow those of the pieces before it.
@@ -105,8 +109,8 @@ def open_source(name: str, config: SourceConfig) -> Source:
         SourceError: no file matches, its format is unknown, or its settings contradict each other.
     """
     where = f"data.sources.{name}"
-    if config.format not in _SCANS:
-        raise SourceError(f"{where}.format={config.format!r} is none of {', '.join(_SCANS)}")
+    if config.format not in FORMATS:
+        raise SourceError(f"{where}.format={config.format!r} is none of {', '.join(FORMATS)}")
     if config.preference and config.layout in ("caption", "texts"):
         raise SourceError(
             f"{where}.preference=true needs chosen and rejected answers, which "

@@ -13,7 +13,11 @@ import pytest
 import webdataset
 
 from conf.schema.data import SourceConfig
+from data_shards.layouts import to_fields
+from data_shards.sample import parse_sample
 from data_shards.sources import Source, SourceError, SourceRow, json_list, jsonl, open_source
+from data_shards.writer import ShardWriter
+from tests.data_shards import toys
 
 COUNTS = (7, 0, 1, 12)  # rows of each file
 
@@ -161,3 +165,33 @@ def test_webdataset_members(tmp_path: Path) -> None:
     assert "001.json: not JSON" in str(rows[1].problem)
     assert "002.txt is not UTF-8" in str(rows[2].problem)
     assert [name for name, _ in rows[3].attached] == ["003.10.png", "003.9.png"]
+
+
+def test_our_own_shards_are_a_source(tmp_path: Path) -> None:
+    """A shard read again gives the samples it was made of."""
+    rows = [*toys.chat_rows(4), *toys.pair_rows(3)]
+    for preference, part in ((False, rows[:4]), (True, rows[4:])):
+        config = SourceConfig(str(tmp_path / f"{preference}.tar"), "webdataset")
+        config.preference = preference
+        samples = []
+        with ShardWriter(Path(config.input)) as writer:
+            for number, row in enumerate(part):
+                sample = parse_sample(
+                    row,
+                    row["images"],
+                    key=f"{number:09d}",
+                    source="a",
+                    licence="MIT",
+                    origin="f:0",
+                    preference=preference,
+                )
+                images = [(f"{n}.png", data) for n, data in enumerate(sample.images)]
+                writer.add(sample.key, [("json", sample.to_json()), *images])
+                samples.append(sample)
+            writer.close()
+        found = open_source("s", config)
+        again = [to_fields(row, config) for block in found.blocks(2) for row in found.rows(block)]
+        for sample, fields in zip(samples, again, strict=True):
+            assert fields.messages == list(sample.messages) and fields.licence == "MIT"
+            assert tuple(fields.images) == sample.images
+            assert (fields.chosen, fields.rejected) == (sample.chosen, sample.rejected)

@@ -1,5 +1,6 @@
 """JSON from outside: bad rows among good ones, damaged files, bombs."""
 
+import gzip
 import json
 import random
 import tracemalloc
@@ -144,3 +145,16 @@ def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             tracemalloc.stop()
         # Of 8 MB: some chunks of 64 kB with their masks, and one row.
         assert peak < 2 << 20, form
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_files_that_are_something_else(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "a"
+    for content, reason in (
+        (gzip.compress(b"{}"), "compressed with gzip: unpack it first"),
+        (b"PAR1....", "Parquet: set format=parquet"),
+        ('{"a": 1}'.encode("utf-16"), "UTF-16, not UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(SourceError, match=f"a is {reason}"):
+            read(path, form)

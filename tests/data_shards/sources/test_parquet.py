@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.schema.data import SourceConfig
-from data_shards.sources import Source, SourceError, SourceRow, open_source
+from data_shards.sources import Source, SourceError, SourceRow, open_source, parquet
 from tests.data_shards import toys
 
 
@@ -64,3 +64,15 @@ def test_columns_that_fit_no_layout(tmp_path: Path) -> None:
     expected = r"data\.sources\.s: .*a\.parquet: no layout fits the columns id, text: name them"
     with pytest.raises(SourceError, match=expected):
         source(tmp_path / "a.parquet").blocks(10)
+
+
+def test_columns_that_unpack_to_far_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = '[{"role": "user", "content": "' + "a" * 100_000 + '"}]'
+    table = pa.table({"messages": [chat + " " * n for n in range(50)], "other": ["x"] * 50})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    found = source(tmp_path / "a.parquet")
+    assert len(rows(found)) == 50
+    monkeypatch.setattr(parquet, "_BOMB_BYTES", 1 << 20)
+    expected = r"a\.parquet: column messages of row group 0 unpacks \d+ bytes to \d+; take the file"
+    with pytest.raises(SourceError, match=expected):
+        rows(found)
