@@ -25,13 +25,15 @@ Sample = Mapping[str, Any]
 Build = Callable[..., Manifest]
 
 
-def write_archives(folder: Path, shards: Sequence[Sequence[Sample]]) -> Path:
-    """Archives as webdataset writes them; returns their glob."""
+def write_archives(
+    folder: Path, shards: Sequence[Sequence[Sample]], key: str = "{key:04d}"
+) -> Path:
+    """Archives as webdataset writes them, with keys that come back in each; returns their glob."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, samples in enumerate(shards):
         with wds.TarWriter(str(folder / f"s-{number:03d}.tar")) as writer:
-            for key, sample in enumerate(samples):
-                writer.write({"__key__": f"{key:04d}", **sample})
+            for place, sample in enumerate(samples):
+                writer.write({"__key__": key.format(shard=number, key=place), **sample})
     return folder / "*.tar"
 
 

@@ -1,5 +1,13 @@
-"""A crude energon data set as its users would read it. Runs only where energon can be imported."""
+"""A crude energon data set as its users would read it. Runs only where energon can be imported.
 
+    .venv-energon/bin/python tools/benchmarks/data/energon_samples.py FOLDER
+
+prints a JSON line for each sample of the split `val`: its key, and the SHA-256 of each member.
+"""
+
+import hashlib
+import json
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,3 +71,14 @@ def _loader(dataset: Any) -> Iterable[Parts]:
     warnings.filterwarnings("ignore", message=".*pin_memory")  # without a GPU
     found: Iterable[Parts] = get_loader(dataset)
     return found
+
+
+def main(folder: str) -> None:
+    """The command."""
+    for sample in loader(Path(folder)):
+        parts = {k: hashlib.sha256(data).hexdigest() for k, data in sample.parts.items()}
+        print(json.dumps({"key": sample.__key__, "parts": parts}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -120,7 +120,7 @@ def processor_of(geometry: AnyresGeometry, fast: bool = False) -> Any:
 
     logging.set_verbosity_error()
     side = geometry.tile
-    kind = LlavaNextImageProcessorFast if fast else LlavaNextImageProcessor
+    kind: Any = LlavaNextImageProcessorFast if fast else LlavaNextImageProcessor
     return kind(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
@@ -168,10 +168,15 @@ def checksum(pictures: Iterable[Any]) -> int:
     """Sum of the CRC-32 of each picture's uint8 tiles, in whatever order they come; 0 where they
     are something else."""
     return sum(
-        zlib.crc32(np.ascontiguousarray(tiles_NCHW))
+        crc_of(tiles_NCHW)
         for tiles_NCHW in pictures
         if isinstance(tiles_NCHW, np.ndarray) and tiles_NCHW.dtype == np.uint8
     )
+
+
+def crc_of(tiles_NCHW: np.ndarray) -> int:
+    """CRC-32 of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(tiles_NCHW).data)
 
 
 def _turns(sets: Sequence[ImageSet], pictures: Pictures, repeats: int) -> Turn:
