@@ -14,7 +14,7 @@ setup(
             [f"data_shards/native/{name}.c" for name in ("pixels", "avx2", "avx512")],
             depends=["data_shards/native/pixels.h"],
             # No contraction: a fused multiply-add would round otherwise than Pillow's weights.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-fno-tree-pre", "-ffp-contract=off", "-Wall", "-Wextra"],
             py_limited_api=True,
             optional=True,
         )

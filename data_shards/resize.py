@@ -27,12 +27,14 @@ INTERFACE = 2  # of the module's function
 SLACK = 256  # bytes that must follow the pixels; the module reads whole vectors
 MAX_SIDE = 65535  # px
 _SLOW = "images are resized by Pillow, several times slower"
-# ((height, width) before, after), in a tile of 64 px: near, far and farthest sources of a vector,
-# enlarging, one axis only, and the vertical axis first (Pillow 13's rule).
+# (height, width) before and after, on a canvas of 64 px: what is far apart and near, enlarging, one
+# axis only, and the vertical axis first (Pillow 13's rule).
 _CHECKED = (
     ((75, 101), (33, 64)),
     ((60, 300), (40, 50)),
-    ((70, 1100), (64, 60)),
+    ((40, 700), (30, 64)),
+    ((70, 1400), (64, 60)),
+    ((20, 3000), (20, 64)),
     ((23, 29), (57, 64)),
     ((64, 140), (64, 61)),
     ((131, 60), (64, 60)),

@@ -13,8 +13,8 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-/* Bytes that hold the source of a group: one register, two, or farther apart. */
-enum { NEAR, MIDDLE, FAR };
+/* Reach: from how many windows of 128 bytes a group's source comes, 1, 2 or 4; or one of these. */
+enum { NEAR = 0 /* 64 bytes are enough */, FAR = 16 /* every lane for itself */ };
 
 static int supported(void) {
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
@@ -34,17 +34,25 @@ static void pack_quad(const int32_t taps[4], int32_t to[4]) {
     to[3] = 0;
 }
 
-static void pack_horizontal(const Axis *axis, Horizontal *to) {
-    int span = 0;
+/* Most source bytes between the first and the last of `lanes` neighbours. */
+static int span(const Axis *axis, int lanes) {
+    int widest = 0;
     for (int x = 0; x < axis->out; x++) {
-        int offset = axis->first[x] - axis->first[x & ~15];
-        if (offset > span) span = offset;
+        int bytes = axis->first[x] - axis->first[x - x % lanes] + 4;
+        if (bytes > widest) widest = bytes;
     }
-    to->reach = span + 4 <= 64 ? NEAR : span + 4 <= 128 ? MIDDLE : FAR;
+    return widest;
+}
+
+static void pack_horizontal(const Axis *axis, Horizontal *to) {
+    to->reach = span(axis, 16) <= 64 ? NEAR : 1;
+    while (to->reach && to->reach < FAR && span(axis, 16 / to->reach) > 128) to->reach *= 2;
+    if (to->reach > 4) to->reach = FAR;
+    int lanes = to->reach == NEAR || to->reach == FAR ? 16 : 16 / to->reach;
     for (int x = 0; x < axis->out; x++) {
-        int g = x / 16, lane = x % 16, base = axis->first[x & ~15];
+        int g = x / 16, lane = x % 16, base = axis->first[x - lane % lanes];
         int offset = axis->first[x] - base;
-        to->base[g][0] = base;
+        to->base[g][lane / lanes] = base;
         uint8_t *index = to->index[g] + 4 * lane;
         if (to->reach == FAR) memcpy(index, &offset, 4);
         else for (int t = 0; t < 4; t++) index[t] = (uint8_t)(offset + t);
@@ -81,12 +89,17 @@ INLINE __m512i whole(__m512i a, __m512i b, __m512i c) {
     return _mm512_srai_epi32(_mm512_add_epi32(sum, c), PRECISION);
 }
 
-INLINE __m512i fetch(const uint8_t *at, __m512i index, int reach) {
-    if (reach == NEAR) return _mm512_permutexvar_epi8(index, _mm512_loadu_si512(at));
-    if (reach == MIDDLE)
-        return _mm512_permutex2var_epi8(
-            _mm512_loadu_si512(at), index, _mm512_loadu_si512(at + 64));
-    return _mm512_i32gather_epi32(index, at, 1);
+INLINE __m512i fetch(const uint8_t *at, const int base[4], __m512i index, int reach) {
+    if (reach == NEAR) return _mm512_permutexvar_epi8(index, _mm512_loadu_si512(at + base[0]));
+    if (reach == FAR) return _mm512_i32gather_epi32(index, at + base[0], 1);
+    __m512i v = _mm512_setzero_si512();
+    for (int window = 0; window < reach; window++) {
+        const uint8_t *from = at + base[window];
+        __mmask64 lanes = ~(__mmask64)0 >> (64 - 64 / reach) << (64 / reach * window);
+        v = _mm512_or_si512(v, _mm512_maskz_permutex2var_epi8(
+            lanes, _mm512_loadu_si512(from), index, _mm512_loadu_si512(from + 64)));
+    }
+    return v;
 }
 
 INLINE void row(const Horizontal *h, const uint8_t *const in[3], uint8_t *const out[3], int reach) {
@@ -96,13 +109,12 @@ INLINE void row(const Horizontal *h, const uint8_t *const in[3], uint8_t *const 
         __m512i index = _mm512_loadu_si512(h->index[g]);
         __m512i a[3] = {zero, zero, zero}, b[3] = {zero, zero, zero};
         __m512i c[3] = {rounding, rounding, rounding};
-        long at = h->base[g][0];
-        for (int q = 0; q < h->quads; q++, at += 4, weights++) {
+        for (int q = 0; q < h->quads; q++, weights++) {
             __m512i wa = _mm512_loadu_si512((*weights)[0]);
             __m512i wb = _mm512_loadu_si512((*weights)[1]);
             __m512i wc = _mm512_loadu_si512((*weights)[2]);
             for (int p = 0; p < 3; p++) {
-                __m512i v = fetch(in[p] + at, index, reach);
+                __m512i v = fetch(in[p] + 4 * q, h->base[g], index, reach);
                 a[p] = _mm512_dpbusd_epi32(a[p], v, wa);
                 b[p] = _mm512_dpbusd_epi32(b[p], v, wb);
                 c[p] = _mm512_dpbusd_epi32(c[p], v, wc);
@@ -118,7 +130,9 @@ INLINE void row(const Horizontal *h, const uint8_t *const in[3], uint8_t *const 
 TARGET static void horizontal(
     const Horizontal *h, const uint8_t *const in[3], uint8_t *const out[3]) {
     if (h->reach == NEAR) row(h, in, out, NEAR);
-    else if (h->reach == MIDDLE) row(h, in, out, MIDDLE);
+    else if (h->reach == 1) row(h, in, out, 1);
+    else if (h->reach == 2) row(h, in, out, 2);
+    else if (h->reach == 4) row(h, in, out, 4);
     else row(h, in, out, FAR);
 }
 
