@@ -96,7 +96,8 @@ def read_inside(folder: Path, name: str) -> bytes:
             raise SampleError(f"image {name[:200]!r} has over {MAX_IMAGE_BYTES} bytes")
         return path.read_bytes()
     except (OSError, RuntimeError, UnicodeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        # Not its text, which names the folder as it is on this machine.
+        reason = getattr(error, "strerror", None) or type(error).__name__
         raise SampleError(f"image {name[:200]!r} cannot be read ({reason})") from None
 
 
