@@ -13,30 +13,33 @@ What is done to a row, and nothing else:
 Boxes of grounding data are part of the text and pass through as they are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import PurePosixPath
 from typing import Any
 
 from conf.schema.data import SourceConfig
 from data_shards.layout_columns import CHATS, Columns, LayoutError, Rules, find
-from data_shards.sample import IMAGE_MARK, SampleError
+from data_shards.layout_turns import (
+    CONVERTERS,
+    Message,
+    draw_prompt,
+    mark_images,
+    of_pairs,
+    of_question,
+    shape_of,
+    shared_prompt,
+    take_images,
+)
+from data_shards.sample import SampleError
 from data_shards.sources import json_text
 from data_shards.sources.rows import SourceRow, read_image
 
+_NUMBER = re.compile("([0-9]+)")
 MAX_LICENCE = 200  # characters
 MAX_IMAGES = 256  # of one sample; more would be read before anything is checked
 MAX_BYTES = 1 << 30  # of all images of one sample
-_ROLES = {  # LLaVA's and ShareGPT's names
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-_IMAGE_KEYS = ("image", "image_url", "path", "url", "bytes")
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def member_order(references: Sequence[Any], names: Sequence[str]) -> list[int]:
     Raises:
         SampleError: several images, and the record's names are not those of the members.
     """
-    natural = sorted(range(len(names)), key=lambda n: (len(names[n]), names[n]))
+    natural = sorted(range(len(names)), key=lambda n: _natural(names[n]))
     if not references or len(references) == len(names) == 1:
         return natural
     wanted = [_file_name(reference) for reference in references]
@@ -169,109 +172,23 @@ def read_chat(record: Any, rules: Rules, number: int, attached: int = 0) -> Chat
     layout = columns.layout
     if layout in CHATS:
         turns = _list(columns.value(record, "messages"), columns.of["messages"])
-        layout = _shape(turns, layout) if rules.layout == "auto" else layout
-        messages = _CONVERTERS[layout](turns)
+        layout = shape_of(turns, layout) if rules.layout == "auto" else layout
+        messages = CONVERTERS[layout](turns)
     elif layout == "caption":
         caption = columns.value(record, "caption")
-        messages = _turns([("user", _prompt(rules.prompts, number)), ("assistant", caption)])
+        messages = of_pairs([("user", draw_prompt(rules.prompts, number)), ("assistant", caption)])
     elif columns.value(record, "question") is None and rules.preference:
-        messages, chosen, rejected = _shared_prompt(chosen, rejected)
+        messages, chosen, rejected = shared_prompt(chosen, rejected)
     else:
-        messages = _question(columns.value(record, "question"))
+        messages = of_question(columns.value(record, "question"))
         if not rules.preference:
             messages.append({"role": "assistant", "content": columns.value(record, "answer")})
-    messages, named = _take_images(messages)
+    messages, named = take_images(messages)
     references = _merge(named, column)
     if not named:
-        messages = _mark(messages, len(references) or attached)
+        messages = mark_images(messages, len(references) or attached)
     licence = _licence(columns.value(record, "licence"))
     return Chat(messages, references, chosen, rejected, licence, layout)
-
-
-def _prompt(prompts: Sequence[str], number: int) -> str:
-    digest = blake2b(b"%d" % number, digest_size=8).digest()
-    return prompts[int.from_bytes(digest, "big") % len(prompts)]
-
-
-def _shape(turns: Sequence[Any], otherwise: str) -> str:
-    """The layout that the first turn shows."""
-    first = turns[0] if turns else None
-    if isinstance(first, Mapping):
-        if "from" in first:
-            return "conversations"
-        if "role" in first:
-            return "messages"
-        if "user" in first:
-            return "texts"
-    return otherwise
-
-
-def _messages(turns: Sequence[Any]) -> list[Message]:
-    return [dict(_mapping(turn, n)) for n, turn in enumerate(turns)]
-
-
-def _conversations(turns: Sequence[Any]) -> list[Message]:
-    pairs = []
-    for number, turn in enumerate(turns):
-        said = str(_mapping(turn, number).get("from"))
-        if said.lower() not in _ROLES:
-            raise SampleError(f"turn {number} is from {said[:60]!r}, none of {', '.join(_ROLES)}")
-        pairs.append((_ROLES[said.lower()], turn.get("value")))
-    start = 1 if pairs and pairs[0][0] == "system" else 0
-    if pairs[start:] and pairs[start][0] == "assistant":
-        del pairs[start]
-    return _turns(pairs)
-
-
-def _texts(turns: Sequence[Any]) -> list[Message]:
-    pairs = []
-    for number, turn in enumerate(turns):
-        for role in ("user", "assistant"):
-            pairs.append((role, _mapping(turn, number).get(role)))
-    return _turns(pairs)
-
-
-_CONVERTERS: dict[str, Callable[[Sequence[Any]], list[Message]]] = {
-    "messages": _messages,
-    "conversations": _conversations,
-    "texts": _texts,
-}
-
-
-def _turns(pairs: Sequence[tuple[str, Any]]) -> list[Message]:
-    """Messages; "<image>" in what a user says becomes an image item."""
-    return [
-        {"role": role, "content": _split(text) if role == "user" else text} for role, text in pairs
-    ]
-
-
-def _split(text: Any) -> Any:
-    if not isinstance(text, str) or IMAGE_MARK not in text:
-        return text
-    content: list[dict[str, str]] = []
-    for number, part in enumerate(text.split(IMAGE_MARK)):
-        if number:
-            content.append({"type": "image"})
-            part = part.removeprefix("\n")
-        if part:
-            content.append({"type": "text", "text": part})
-    return content
-
-
-def _question(value: Any) -> list[Message]:
-    if isinstance(value, (list, tuple)):
-        return _messages(value)  # TRL's conversational prompt
-    return _turns([("user", value)])
-
-
-def _shared_prompt(chosen: Any, rejected: Any) -> tuple[list[Message], Any, Any]:
-    """TRL's pairs with an implicit prompt: what both conversations begin with."""
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise SampleError("a pair without a question: chosen and rejected are no conversations")
-    same = 0
-    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
-        same += 1
-    return _messages(chosen[:same]), chosen[same:], rejected[same:]
 
 
 def _answer(value: Any) -> Any:
@@ -281,34 +198,6 @@ def _answer(value: Any) -> Any:
     if "value" in value and "content" not in value:
         return value["value"]
     return [value]
-
-
-def _take_images(messages: list[Message]) -> tuple[list[Message], list[Any]]:
-    """Messages whose image items say no more than that, and what those items named (None where
-    they named nothing)."""
-    named: list[Any] = []
-    taken = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, (list, tuple)):
-            items = []
-            for item in content:
-                if isinstance(item, Mapping) and item.get("type") in ("image", "image_url"):
-                    named.append(_named(item))
-                    items.append({"type": "image"})
-                else:
-                    items.append(item)
-            message = {**message, "content": items}
-        taken.append(message)
-    return taken, named
-
-
-def _named(item: Mapping[str, Any]) -> Any:
-    """What an image item names: OpenAI's image_url, Nemotron's and Qwen's image, or nothing."""
-    value = next((item[key] for key in _IMAGE_KEYS if item.get(key)), None)
-    if isinstance(value, Mapping):
-        return value.get("bytes") or value.get("path") or value.get("url")
-    return value
 
 
 def _merge(named: list[Any], column: list[Any]) -> list[Any]:
@@ -323,28 +212,6 @@ def _merge(named: list[Any], column: list[Any]) -> list[Any]:
             f"{len(from_items)} images named in messages, but {len(column)} in the image column"
         )
     return from_items
-
-
-def _mark(messages: list[Message], images: int) -> list[Message]:
-    """Images that nothing marks go before the first question."""
-    if not images or any(_is_marked(message) for message in messages):
-        return messages
-    for number, message in enumerate(messages):
-        if message.get("role") == "user" and isinstance(message.get("content"), str):
-            text = message["content"]
-            content = [{"type": "image"}] * images
-            content += [{"type": "text", "text": text}] if text else []
-            marked = {**message, "content": content}
-            return [*messages[:number], marked, *messages[number + 1 :]]
-    return messages
-
-
-def _is_marked(message: Message) -> bool:
-    """Whether a user message says where its images are, or is written so that it would."""
-    content = message.get("content")
-    if message.get("role") != "user":
-        return False
-    return isinstance(content, list) or (isinstance(content, str) and IMAGE_MARK in content)
 
 
 def _images(value: Any) -> list[Any]:
@@ -365,18 +232,19 @@ def _list(value: Any, name: str) -> list[Any]:
     return list(value)
 
 
-def _mapping(turn: Any, number: int) -> Mapping[str, Any]:
-    if not isinstance(turn, Mapping):
-        raise SampleError(f"turn {number} is {type(turn).__name__}, not a mapping")
-    return turn
-
-
 def _licence(value: Any) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_LICENCE:
         raise SampleError(f"the licence is not one line of at most {MAX_LICENCE} characters")
     return value
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers within names by size: 2.jpg before 10.jpg."""
+    parts = _NUMBER.split(name)  # text and digits in turn
+    digits = [part.lstrip("0") if n % 2 else part for n, part in enumerate(parts)]
+    return [(len(part) if n % 2 else 0, part) for n, part in enumerate(digits)]
 
 
 def _file_name(reference: Any) -> str | None:

@@ -353,6 +353,7 @@ def test_foreign_records() -> None:
 
 def test_which_member_an_image_is() -> None:
     assert member_order([], ["k.10.png", "k.9.png", "k.0.png"]) == [2, 1, 0]
+    assert member_order([], ["k.2.jpg", "k.10.png", "k.1.webp", "k.a"]) == [2, 0, 1, 3]
     assert member_order(["other/name.jpg"], ["k.jpg"]) == [0]
     assert member_order(["k.9.png", "k.10.png"], ["a/k.10.png", "a/k.9.png"]) == [1, 0]
     assert member_order(["x/1.png", {"bytes": None, "path": "0.png"}], ["k.0.png", "k.1.png"]) == [

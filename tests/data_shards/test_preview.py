@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conf.schema.data import DataConfig, SourceConfig
-from data_shards import build, preview
+from data_shards import build, preview, preview_sample
 from data_shards.chat import ChatTokenizer
 from data_shards.preview import write_preview
 from data_shards.sources import SourceError
@@ -150,7 +150,7 @@ def test_nothing_usable_nothing_there(tmp_path: Path, tokenizer: Path) -> None:
 
 def test_long_texts_are_cut(tmp_path: Path, tokenizer: Path) -> None:
     text = page(tmp_path, [chat("palavra " * 2000)], tokenizer).text
-    assert f"{16000 - preview.MOST_TEXT:,} more characters" in text
+    assert f"{16000 - preview_sample.MOST_TEXT:,} more characters" in text
 
 
 def test_the_command(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
