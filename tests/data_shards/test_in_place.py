@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from data_shards.manifest import Manifest, ManifestError, read_manifest
 from data_shards.reader import BadSample, DescriptorCache, ShardReader
 from data_shards.sample import SampleError
 from data_shards.sources import SourceError
+from data_shards.validate import Checks, is_damaged, validate
 from tests.data_shards import toys
 
 Sample = Mapping[str, Any]
@@ -177,6 +179,32 @@ def test_what_lies_elsewhere_is_refused(tmp_path: Path, build: Build) -> None:
     assert len(manifest) == 1 and "no one member" in reasons(manifest)[0]
 
 
+def test_hostile_members_cost_their_sample_only(tmp_path: Path, build: Build) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    picture = toys.encoded(toys.picture(1, 40, 60))
+    with tarfile.open(folder / "x.tar", "w") as tar:
+
+        def add(name: str, data: bytes = b"", link: str | None = None) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if link is not None:
+                info.type, info.linkname = tarfile.SYMTYPE, link
+            tar.addfile(info, io.BytesIO(data))
+
+        for key in ("a", "b", "../c", "d", "a"):
+            if key == "b":
+                add("b.png", link="/etc/passwd")
+            else:
+                add(f"{key}.png", picture)
+            add(f"{key}.txt", b"Um texto." if key != "d" else b"")
+    manifest = build(folder / "*.tar", layout="caption", prompts=["Descreve."])
+    assert manifest.table["key"].to_pylist() == ["000000000"]
+    causes = ["a symbolic link", "leaves the archive", "", "stands earlier"]
+    for reason, cause in zip(reasons(manifest), causes, strict=True):
+        assert cause in reason
+
+
 def test_damage_and_change_are_found(tmp_path: Path, build: Build) -> None:
     pattern = write_archives(tmp_path / "theirs", [chats(5)])
     (archive,) = pattern.parent.iterdir()
@@ -184,7 +212,10 @@ def test_damage_and_change_are_found(tmp_path: Path, build: Build) -> None:
     whole = archive.read_bytes()
     changed = bytearray(whole)
     changed[manifest.image_span[0][0] + 40] ^= 1
+    assert not is_damaged(validate(manifest, 0, None, Checks(50_000_000)))
     archive.write_bytes(changed)
+    report = validate(manifest, 0, None, Checks(50_000_000))
+    assert [(bad["key"], bad["shard"]) for bad in report["bad"]] == [("000000000", "s-000.tar")]
     with pytest.raises(BadSample, match="CRC-32 of its image 0"):
         ShardReader(manifest, DescriptorCache()).read(0)
     archive.write_bytes(whole[:-20_000])

@@ -238,6 +238,29 @@ def test_damage_is_named(
     assert str(path) in str(error.value) and "copy the archive again" in str(error.value)
 
 
+def test_webdataset_loses_what_a_zeroed_header_hides(tmp_path: Path) -> None:
+    # Why this scanner exists: no exception there, and two samples of three are gone.
+    files = {f"{n}.bin": b"x" * 100 for n in range(3)}
+    path = archive(tmp_path / "x.tar", files, format=tarfile.USTAR_FORMAT)
+    patched(path, lambda data: data.__setitem__(slice(2 * BLOCK, 3 * BLOCK), bytes(BLOCK)))
+    assert len(list(wds.WebDataset(str(path), shardshuffle=False))) == 1
+    with pytest.raises(TarError, match="byte 1024: a zeroed header, but the archive goes on"):
+        list(samples(path))
+
+
+def test_a_prefix_that_only_some_readers_see_is_named(tmp_path: Path) -> None:
+    def change(data: bytearray) -> None:
+        data[257:265] = b"ustar  \0"  # GNU's magic: the field means something else there
+        data[345:350] = b"other"
+        data[:BLOCK] = rechecked(data[:BLOCK])
+
+    path = archive(tmp_path / "x.tar", {"a.bin": b""}, format=tarfile.USTAR_FORMAT)
+    (sample,) = samples(patched(path, change))
+    assert sample.problem == "its member 'a.bin' has two names in one header"
+    with tarfile.open(path) as tar:
+        assert tar.getnames() == ["other/a.bin"]
+
+
 def _pax(records: bytes, then: bytes = b"") -> bytes:
     header = tarfile.TarInfo("pax")
     header.type, header.size = tarfile.XHDTYPE, len(records)
