@@ -104,11 +104,9 @@ def look_up(record: Any, name: str) -> Any:
 
 
 def candidates(rules: Rules) -> set[str]:
-    """Every top-level column that a row could be read from."""
-    names = {name for names in (*_NAMES.values(), *_TURNS.values()) for name in names}
-    for name in rules.columns.values():
-        names |= {name, name.partition(".")[0]}
-    return names
+    """Every column that a row could be read from."""
+    usual = {name for names in (*_NAMES.values(), *_TURNS.values()) for name in names}
+    return usual | set(rules.columns.values())
 
 
 def find(names: Collection[str], rules: Rules, whole: bool = True, beside: bool = False) -> Columns:

@@ -128,7 +128,7 @@ def _columns(source: Source, row: SourceRow) -> tuple[list[tuple[str, str]], lis
         columns = find(row.values.keys(), rules, whole=False, beside=bool(row.attached))
     except LayoutError:
         return [], sorted(row.values)
-    wanted = _fields(columns.layout)
+    wanted = _fields(columns.layout, source.config.preference)
     used = [(ours, theirs) for ours, theirs in columns.of.items() if ours in wanted]
     if row.attached:
         used.append(("images", "members beside the record"))
@@ -137,6 +137,7 @@ def _columns(source: Source, row: SourceRow) -> tuple[list[tuple[str, str]], lis
     return sorted(used), [name for name in names if name not in taken]
 
 
-def _fields(layout: str) -> set[str]:
+def _fields(layout: str, preference: bool) -> set[str]:
     own = {"caption": {"caption"}, "question": {"question", "answer"}}.get(layout, {"messages"})
-    return own | {"images", "chosen", "rejected", "licence"}
+    pair = {"chosen", "rejected"} if preference else set()
+    return (own - {"answer"} if preference else own) | pair | {"images", "licence"}

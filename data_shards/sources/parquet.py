@@ -42,13 +42,13 @@ def read(
     """(row of the file, record, None), or (row, {}, why it is bad).
 
     Args:
-        columns: top-level names; those that the file lacks are left out.
+        columns: names, with a dot for a part of a struct; those that the file lacks are left out.
 
     Raises:
         SourceError: the file is damaged, or is no longer what was counted.
     """
     with _open(piece.file) as file:
-        present = [name for name in file.schema_arrow.names if name in columns]
+        present = _present(file.schema_arrow.names, columns)
         groups, row = _groups_from(file, piece.first_row)
         _check_sizes(piece.file, file, groups, present)
         last = piece.first_row + piece.rows
@@ -69,32 +69,41 @@ def read(
     raise SourceError(f"{piece.file} became shorter while it was read; leave it alone and repeat")
 
 
+def _present(names: Collection[str], columns: Collection[str]) -> list[str]:
+    """Of a struct only the parts that are asked for, unless the whole of it is."""
+    whole = {name for name in columns if name in names}
+    parts = {name for name in columns if name not in names and name.partition(".")[0] in names}
+    return sorted(whole | {name for name in parts if name.partition(".")[0] not in whole})
+
+
 def _records(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], str | None]]:
     try:
         records = batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         records = None
     if records is not None:
         yield from ((record, None) for record in records)
         return
     for row in range(batch.num_rows):
         try:
-            record, problem = batch.slice(row, 1).to_pylist()[0], None
+            yield batch.slice(row, 1).to_pylist()[0], None
         except UnicodeDecodeError as error:
-            record, problem = {}, f"a text is not UTF-8 ({error.reason})"
-        yield record, problem
+            yield {}, f"a text is not UTF-8 ({error.reason})"
+        except (ValueError, OverflowError) as error:  # dates before the year 1, for one
+            yield {}, f"a value cannot be read ({' '.join(str(error).split())[:200]})"
 
 
 def _check_sizes(
     path: Path, file: pq.ParquetFile, groups: Collection[int], names: Collection[str]
 ) -> None:
+    tops = {name.partition(".")[0] for name in names}
     for group in groups:
         row_group = file.metadata.row_group(group)
         for number in range(row_group.num_columns):
             column = row_group.column(number)
             size, packed = column.total_uncompressed_size, column.total_compressed_size
             top = column.path_in_schema.partition(".")[0]
-            if top in names and size > _BOMB_BYTES and size > _BOMB_RATIO * packed:
+            if top in tops and size > _BOMB_BYTES and size > _BOMB_RATIO * packed:
                 raise SourceError(
                     f"{path}: column {column.path_in_schema} of row group {group} unpacks "
                     f"{packed} bytes to {size}; take the file out of data.sources"

@@ -59,6 +59,18 @@ def test_only_the_columns_that_could_be_needed_are_read(tmp_path: Path) -> None:
     assert row.values == {"messages": "[]", "data": {"licence": "MIT"}}
 
 
+def test_of_structs_only_the_parts_that_are_named(tmp_path: Path) -> None:
+    never = pa.array([-(2**62), 0], pa.timestamp("us"))  # before the year 1
+    turns = pa.array([[{"from": "human", "value": "a"}]] * 2)
+    data = pa.StructArray.from_arrays([turns, never], ["turns", "when"])
+    pq.write_table(pa.table({"data": data, "licence": ["MIT", "MIT"]}), tmp_path / "a.parquet")
+    columns = {"messages": "data.turns"}
+    for row in rows(source(tmp_path / "a.parquet", columns=columns)):
+        assert row.values["data"] == {"turns": [{"from": "human", "value": "a"}]}
+    first, second = rows(source(tmp_path / "a.parquet", columns={**columns, "licence": "data"}))
+    assert "a value cannot be read" in str(first.problem) and second.problem is None
+
+
 def test_columns_that_fit_no_layout(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "id": [1]}), tmp_path / "a.parquet")
     expected = r"data\.sources\.s: .*a\.parquet: no layout fits the columns id, text: name them"
