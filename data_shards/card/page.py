@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from data_shards.card import charts
 from data_shards.card.figures import SIDE_STEPS, Figures, quantile, read_figures
 from data_shards.card.long_form import FILE_NAME, write_long_form
+from data_shards.card.render import COLOURS, ordered, render
 from data_shards.card.samples import SampleReader
 from data_shards.durable import replacing
 from data_shards.manifest import read_manifest
@@ -18,9 +17,6 @@ from data_shards.variety_rules.load import PT_BR, PT_PT, rules
 HTML = "card.html"
 MOST_RULES = 15  # of each variety
 MOST_REASONS = 40
-COLOURS = {PT_PT: "#2f8f4e", PT_BR: "#e0a021", "undecided": "#b9c1cd", "other": "#7a86a0"}
-_TEMPLATE = Path(__file__).with_name("card.html.jinja")
-_STYLE = Path(__file__).with_name("card.css")
 
 
 def write_card(folder: Path, name: str) -> None:
@@ -45,8 +41,7 @@ def write_card(folder: Path, name: str) -> None:
         tokens_median=quantile(figures.tokens, 0.5),
         tokens_most=quantile(figures.tokens, 1.0),
         charts=_charts(figures, turns),
-        varieties=_ordered(figures.info.varieties, COLOURS),
-        colours=COLOURS,
+        varieties=ordered(figures.info.varieties),
         rules=_top_rules(figures.hits),
         model=_counts(figures.hits, MODEL),
         agreement=_counts(figures.hits, AGREEMENT),
@@ -60,17 +55,6 @@ def write_card(folder: Path, name: str) -> None:
     with replacing(folder / HTML) as file:
         file.write(page.encode("utf-8", "replace"))
     write_long_form(folder / FILE_NAME, figures)
-
-
-def render(template: str, **values: Any) -> str:
-    """A page of this folder; every value is escaped but the charts."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters["bytes"] = _bytes
-    environment.filters["percent"] = _percent
-    path = _TEMPLATE.with_name(template)
-    style = _STYLE.read_text(encoding="utf-8")
-    return environment.from_string(path.read_text(encoding="utf-8")).render(style=style, **values)
 
 
 def _charts(figures: Figures, turns: Mapping[int, int]) -> dict[str, str]:
@@ -90,7 +74,7 @@ def _charts(figures: Figures, turns: Mapping[int, int]) -> dict[str, str]:
         "images": charts.columns(*_pairs(images), "images of a sample"),
         "sizes": charts.table_of_sizes(figures.sides, SIDE_STEPS, "width and height of images"),
         "varieties": charts.shares(
-            _ordered(figures.info.varieties, COLOURS), COLOURS, "varieties of Portuguese"
+            ordered(figures.info.varieties), COLOURS, "varieties of Portuguese"
         ),
     }
 
@@ -114,12 +98,6 @@ def _pairs(pairs: list[tuple[str, int]]) -> tuple[list[str], list[int]]:
     return [label for label, _ in pairs], [count for _, count in pairs]
 
 
-def _ordered(counts: Mapping[str, int], first: Mapping[str, Any]) -> dict[str, int]:
-    """The labels of `first` in its order, then the others."""
-    labels = [label for label in first if label in counts]
-    return {label: counts[label] for label in [*labels, *sorted(set(counts) - set(first))]}
-
-
 def _largest(reasons: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
     return sorted(reasons.items(), key=lambda pair: (-pair[1].count, pair[0]))
 
@@ -140,21 +118,3 @@ def _top_rules(hits: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
             row = {"id": name, "times": times, "share": times / most, "category": rule.category}
             top[rule.variety].append(row)
     return top
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} bytes"
-
-
-def _percent(part: int, whole: int) -> str:
-    share = 100 * part / whole if whole else 0.0
-    return (
-        f"{share:.0f} %"
-        if share >= 9.95 or share == 0
-        else f"{share:.1f} %"
-        if share >= 0.05
-        else "<0.1 %"
-    )
