@@ -74,7 +74,7 @@ def take_apart(data: bytes) -> JpegParts:
         elif 0xE0 <= marker <= 0xEF or marker == 0xFE:
             if marker == 0xE1 and content.startswith(_EXIF):
                 # A block over 64 KiB goes on in the next segment, as Pillow reads it.
-                parts.exif += content[len(_EXIF) if parts.exif else 0 :]
+                parts.exif += content[len(_EXIF) :]
             elif marker == 0xE1 and content.startswith(_XMP):
                 parts.xmp = content[len(_XMP) :]
             continue

@@ -14,6 +14,24 @@ from dataclasses import dataclass
 from data_shards.images import ImageError
 
 GREY, RGB, PALETTE = 0, 2, 3  # colour types without alpha
+_DEPTHS = {
+    GREY: (1, 2, 4, 8, 16),
+    RGB: (8, 16),
+    PALETTE: (1, 2, 4, 8),
+    4: (8, 16),  # grey with alpha
+    6: (8, 16),  # RGB with alpha
+}
+_CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
+# Adam7: left and top pixel of each pass, and the steps to the next ones.
+_PASSES = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_TEXT = 1 << 20  # bytes that a compressed text may have
 _NAME = re.compile(rb"[A-Za-z]{4}")
@@ -26,8 +44,9 @@ class PngParts:
     Attributes:
         bare: the file without metadata, same pixels.
         width, height: px as coded, before any rotation.
-        depth, colour: bits of a sample and colour type, as in IHDR.
+        depth, colour, interlaced: bits of a sample, colour type and Adam7, as in IHDR.
         transparent: content of tRNS, None where there is none.
+        coded: the compressed rows.
         exif, xmp: contents of those chunks, empty where there are none.
     """
 
@@ -36,7 +55,9 @@ class PngParts:
     height: int = 0
     depth: int = 0
     colour: int = 0
+    interlaced: bool = False
     transparent: bytes | None = None
+    coded: bytes = b""
     exif: bytes = b""
     xmp: bytes = b""
 
@@ -50,17 +71,20 @@ def take_apart(data: bytes) -> PngParts:
     """
     parts, kept = PngParts(), [_SIGNATURE]
     names: list[bytes] = []
+    coded: list[bytes] = []
     for name, start, stop in _chunks(data):
         content = data[start + 8 : stop - 4]
         if name == b"IHDR":
             _read_header(parts, content)
+        elif name == b"IDAT":
+            coded.append(content)
         elif name == b"tRNS":
             parts.transparent = content
         elif name == b"eXIf":
             parts.exif = content
         elif name in (b"tEXt", b"zTXt", b"iTXt"):
             _read_text(parts, name, content)
-        elif not name[0] & 0x20 and name not in (b"PLTE", b"IDAT", b"IEND"):
+        elif not name[0] & 0x20 and name not in (b"PLTE", b"IEND"):
             raise ImageError(f"a PNG with the unknown critical chunk {name.decode()}")
         if not name[0] & 0x20 or name == b"tRNS":
             if zlib.crc32(data[start + 4 : stop - 4]) != int.from_bytes(data[stop - 4 : stop]):
@@ -70,8 +94,50 @@ def take_apart(data: bytes) -> PngParts:
                 names.append(name)
             kept.append(data[start:stop])
     _check_order(names)
-    parts.bare = b"".join(kept)
+    parts.bare, parts.coded = b"".join(kept), b"".join(coded)
     return parts
+
+
+def unpacked(parts: PngParts) -> bytes:
+    """The file with its rows uncompressed, for a decoder: they are all there.
+
+    Pillow leaves rows black that the compressed data do not have, and says nothing.
+
+    Raises:
+        ImageError: rows are missing or superfluous, or the compressed data are damaged.
+    """
+    expected = _row_bytes(parts)
+    stream = zlib.decompressobj()
+    try:
+        rows = stream.decompress(parts.coded, expected + 1)
+        if len(rows) == expected and not stream.eof:  # the checksum comes last
+            rows += stream.decompress(stream.unconsumed_tail, 1)
+    except zlib.error as error:
+        raise ImageError(f"a PNG whose compressed rows are damaged ({error})") from None
+    if len(rows) != expected or not stream.eof:
+        raise ImageError(
+            f"a PNG whose compressed rows have {'over' if len(rows) > expected else 'not all of'} "
+            f"the {expected} bytes that its size asks for"
+        )
+    chunks = list(_chunks(parts.bare))
+    first = next(start for name, start, _ in chunks if name == b"IDAT")
+    last = chunks[-1][1]
+    body = b"IDAT" + zlib.compress(rows, 0)
+    whole = (len(body) - 4).to_bytes(4) + body + zlib.crc32(body).to_bytes(4)
+    return parts.bare[:first] + whole + parts.bare[last:]
+
+
+def _row_bytes(parts: PngParts) -> int:
+    """Bytes of all rows, each with its filter's number in front."""
+    bits = parts.depth * _CHANNELS[parts.colour]
+    passes = _PASSES if parts.interlaced else ((0, 0, 1, 1),)
+    total = 0
+    for left, top, across, down in passes:
+        width = -((left - parts.width) // across)
+        height = -((top - parts.height) // down)
+        if width > 0 and height > 0:
+            total += height * (1 + (width * bits + 7) // 8)
+    return total
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -94,7 +160,9 @@ def _read_header(parts: PngParts, content: bytes) -> None:
     if len(content) != 13:
         raise ImageError("a PNG whose header is damaged")
     parts.width, parts.height = int.from_bytes(content[:4]), int.from_bytes(content[4:8])
-    parts.depth, parts.colour = content[8], content[9]
+    parts.depth, parts.colour, parts.interlaced = content[8], content[9], content[12] != 0
+    if parts.depth not in _DEPTHS.get(parts.colour, ()) or any(content[10:12]) or content[12] > 1:
+        raise ImageError("a PNG whose header states a coding that does not exist")
     if not parts.width or not parts.height:
         raise ImageError("a PNG with a side of 0 px")
 
