@@ -53,7 +53,7 @@ def read(piece: Piece) -> Iterator[tuple[int, dict[str, Any], str | None]]:
     """
     with open_text(piece.file) as file:
         file.seek(piece.offset)
-        for line, row in zip(_lines(piece.file, file), range(piece.rows), strict=False):
+        for row, line in zip(range(piece.rows), _lines(piece.file, file), strict=False):
             number = piece.first_row + row
             if line is None:
                 yield number, {}, f"the line has over {MAX_LINE} bytes"

@@ -14,6 +14,7 @@ from data_shards.sources.blocks import Block, FileScan, Piece, Starts, cut
 from data_shards.sources.image_roots import ImageRoots
 from data_shards.sources.rows import SourceError, SourceRow
 
+_MOST_KEY = 200  # characters of a sample's own key in what people read
 _FOOTERS = 8  # read at a time
 _SCANS: dict[str, Callable[[Path, Starts], FileScan]] = {
     "jsonl": jsonl.scan,
@@ -89,7 +90,7 @@ class Source:
         label = piece.file.relative_to(self._folder).as_posix()
         if self.config.format == "webdataset":
             for row, key, record, attached, problem in webdataset.read(piece):
-                origin = f"{label}:{key}"
+                origin = f"{label}:{key[:_MOST_KEY]}"
                 yield SourceRow(first + row, origin, folder, record, problem, attached)
             return
         line = 1 if self.config.format == "jsonl" else 0
@@ -123,4 +124,7 @@ def open_source(name: str, config: SourceConfig) -> Source:
             f"{where}.input={config.input} matches no file; correct the path, or make the source "
             "files first"
         )
+    for path in files:
+        if not str(path).isprintable():  # it is part of records and reports
+            raise SourceError(f"{where}: the name of {str(path)!r} is not printable; rename it")
     return Source(name, config, files)

@@ -1,6 +1,7 @@
 """Every format, cut into blocks of every size: the same rows, whatever came before is not read."""
 
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -137,6 +138,13 @@ def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
     config = SourceConfig(str(tmp_path / "a.jsonl"), "jsonl", layout="texts", preference=True)
     with pytest.raises(SourceError, match="needs chosen and rejected"):
         open_source("s", config)
+
+
+@pytest.mark.parametrize("name", [b"a\xff.jsonl", b"a\n.jsonl"])
+def test_names_that_cannot_be_printed(tmp_path: Path, name: bytes) -> None:
+    (tmp_path / os.fsdecode(name)).write_bytes(b"{}")
+    with pytest.raises(SourceError, match="is not printable; rename it"):
+        open_source("s", SourceConfig(str(tmp_path / "*.jsonl"), "jsonl"))
 
 
 def test_webdataset_members(tmp_path: Path) -> None:
