@@ -137,7 +137,7 @@ def _reference(config: Config, asked: Asked, run: Path) -> list[Item]:
     if not done.exists():
         raise ConfigError(f"{done} does not exist: end the stage before {stage.name} first")
     manifests = [
-        Path(config.data.root) / name / "manifest.parquet" for name in config.data.mix[stage.name]
+        Path(config.data.root) / name / "manifest.parquet" for name in config.data.drawn(stage.name)
     ]
     count = asked.number("parts", PARTS)
     # Named by its content: parts that are queued must not find another configuration in it.
