@@ -1,6 +1,7 @@
 """The two phases of one block, each the work of one process: examine it, write its shards."""
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from data_shards import in_place
@@ -16,6 +17,7 @@ from data_shards.writer import Member, ShardWriter
 
 Tick = Callable[[int, int], None]  # rows done and refused since the last call
 _EVERY = 32  # rows between ticks
+_GROUP = 16  # rows that are examined together, and are in memory at once
 
 
 def examine_block(
@@ -38,8 +40,9 @@ def _results(source: Source, block: Block, preparer: Preparer) -> Iterator[Exami
     if source.config.in_place:
         yield from in_place.results(source, block, preparer)
         return
-    for row in source.rows(block):
-        yield preparer.examine(row)
+    rows = source.rows(block)
+    while group := list(islice(rows, _GROUP)):
+        yield from preparer.examine_all(group)
 
 
 def write_block(
