@@ -94,6 +94,30 @@ def parse_pax(content: bytes) -> dict[bytes, bytes]:
     return records
 
 
+def long_name(content: bytes) -> bytes:
+    """The name in a GNU long-name header, which a NUL ends.
+
+    Raises:
+        HeaderError: there is none, or something after the NUL.
+    """
+    name, _, rest = content.partition(b"\0")
+    if not name or rest.strip(b"\0"):
+        raise HeaderError("its GNU long name is empty or holds a NUL")
+    return name
+
+
+def pax_name(records: dict[bytes, bytes]) -> bytes | None:
+    """The member's name, if a PAX header gives one.
+
+    Raises:
+        HeaderError: an empty one (POSIX: as if it were not there; Python: no name), or a NUL.
+    """
+    name = records.get(b"path")
+    if name is not None and (not name or b"\0" in name):
+        raise HeaderError("its PAX name is empty or holds a NUL")
+    return name
+
+
 def pax_size(records: dict[bytes, bytes], header_size: int) -> int:
     """The content's size where a PAX header may override the plain one's.
 

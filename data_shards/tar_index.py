@@ -147,8 +147,8 @@ def _split(member: TarMember) -> tuple[str | None, str]:
 
 
 def _problem_of(name: str) -> str | None:
-    if not name:
-        return "a member has no name"
+    if not name or name.endswith("/"):
+        return f"its member {name!r} is no file by its name"
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
         return f"the name of its member {name!r} is absolute"
     if ".." in re.split(r"[/\\]", name):
@@ -194,7 +194,7 @@ class _Scanner:
                 self._check_compression(block)
             header = headers.parse_header(block)
             if header.kind == headers.LONG_NAME and name is None:
-                name = self._extended(header.size).rstrip(b"\0")
+                name = headers.long_name(self._extended(header.size))
             elif header.kind == headers.LONG_LINK and not linked:
                 self._extended(header.size)
                 linked = True
@@ -218,8 +218,8 @@ class _Scanner:
     ) -> TarMember | str:
         if any(key.startswith(b"GNU.sparse.") for key in pax):
             raise HeaderError("a sparse member; write the archive without --sparse")
-        named = pax.get(b"path")
-        if long_name is not None and named and long_name != named:
+        named = headers.pax_name(pax)
+        if long_name is not None and named is not None and long_name != named:
             raise HeaderError("its GNU name and its PAX name differ")
         raw = long_name or named or header.name
         size = headers.pax_size(pax, header.size)
