@@ -19,7 +19,8 @@ from data_shards.batch import PackedBatch
 from data_shards.chat import ChatTokenizer
 from data_shards.loader import Loader
 from data_shards.manifest import read_manifest
-from data_shards.plan import Plan, build_plan
+from data_shards.plan import Plan
+from data_shards.plan_file import ensure_plan
 from tests.data_shards import toys
 
 WEIGHTS = {"chats": 0.7, "more": 0.3}
@@ -43,14 +44,15 @@ class Settings:
 
 
 def plan_of(settings: Settings) -> tuple[Plan, dict[str, Any]]:
-    """The plan and the manifests, made anew from what lies on disk."""
+    """The plan and the manifests; whoever comes first writes the plan."""
     manifests = {
         name: read_manifest(Path(settings.root) / name / "manifest.parquet") for name in WEIGHTS
     }
     stage = toys.stage(global_batch_size=settings.batch, steps=settings.steps, document_multiple=4)
     data = toys.data_config(Path(settings.root), Path(settings.tokenizer))
     data.mix = {stage.name: WEIGHTS}
-    return build_plan(manifests, data, stage), manifests
+    folder = Path(settings.root) / "plan"
+    return ensure_plan("training", folder, manifests, data, stage), manifests
 
 
 def batches(settings: Settings) -> Iterator[tuple[int, list[PackedBatch]]]:

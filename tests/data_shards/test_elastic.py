@@ -4,6 +4,7 @@ every global batch exactly once, bit for bit: real processes, the real loader, n
 import dataclasses
 import json
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ def test_every_batch_once_on_any_number_of_replicas(
     ]
     assert len(expected) == STEPS and all(batch.total() == BATCH for batch in expected)
 
+    shutil.rmtree(root / "plan")  # the first start makes it again, unless it is killed meanwhile
     chance, deadline = random.Random(5), time.monotonic() + 120
     resumed, begun = 0, 0
     once, got_on = Counter[int](), set()
