@@ -90,15 +90,17 @@ def _split(text: Any) -> Any:
 
 def of_question(value: Any) -> list[Message]:
     """A question as text, or as the messages before the answer."""
+    if value is None:
+        raise SampleError("it has no question")
     if isinstance(value, (list, tuple)):
         return _messages(value)  # TRL's conversational prompt
     return of_pairs([("user", value)])
 
 
-def shared_prompt(chosen: Any, rejected: Any) -> tuple[list[Message], Any, Any]:
+def shared_prompt(
+    chosen: list[Any], rejected: list[Any]
+) -> tuple[list[Message], list[Any], list[Any]]:
     """TRL's pairs with an implicit prompt: what both conversations begin with."""
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise SampleError("a pair without a question: chosen and rejected are no conversations")
     same = 0
     while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
         same += 1

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from conf.schema.data import SourceConfig
 from data_shards.layout_columns import CHATS, Columns, LayoutError, Rules, find
@@ -170,15 +170,15 @@ def read_chat(record: Any, rules: Rules, number: int, attached: int = 0) -> Chat
         chosen = _answer(columns.value(record, "chosen"))
         rejected = _answer(columns.value(record, "rejected"))
     layout = columns.layout
-    if layout in CHATS:
+    if _is_whole(chosen) and _is_whole(rejected):
+        messages, chosen, rejected = shared_prompt(chosen, rejected)
+    elif layout in CHATS:
         turns = _list(columns.value(record, "messages"), columns.of["messages"])
         layout = shape_of(turns, layout) if rules.layout == "auto" else layout
         messages = CONVERTERS[layout](turns)
     elif layout == "caption":
         caption = columns.value(record, "caption")
         messages = of_pairs([("user", draw_prompt(rules.prompts, number)), ("assistant", caption)])
-    elif columns.value(record, "question") is None and rules.preference:
-        messages, chosen, rejected = shared_prompt(chosen, rejected)
     else:
         messages = of_question(columns.value(record, "question"))
         if not rules.preference:
@@ -198,6 +198,11 @@ def _answer(value: Any) -> Any:
     if "value" in value and "content" not in value:
         return value["value"]
     return [value]
+
+
+def _is_whole(answer: Any) -> TypeGuard[list[Any]]:
+    """Whether an answer of a pair is the whole conversation, its question included."""
+    return isinstance(answer, list) and len(answer) > 1
 
 
 def _merge(named: list[Any], column: list[Any]) -> list[Any]:

@@ -28,7 +28,9 @@ class SourceConfig:
     preference: bool = False  # its samples carry a chosen and a rejected answer
     # our field (FIELDS) -> their column, for fields named otherwise; a dot reaches into a struct
     columns: dict[str, str] = field(default_factory=dict)
-    image_root: Optional[str] = None  # where image paths start; default: the source file's folder
+    # Where image paths start: a folder, or InternVL's meta.json, which names one for each file (as
+    # MMPR has it); default: the source file's folder.
+    image_root: Optional[str] = None
     prompts: list[str] = field(default_factory=list)  # for captions; one is drawn for each sample
     # WebDataset only: leave the archives where they are, index them and never rewrite.
     in_place: bool = False

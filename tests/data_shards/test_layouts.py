@@ -265,8 +265,13 @@ def test_trl_pairs(tmp_path: Path) -> None:
         "chosen": [user("Olá"), answer("Sim.")],
         "rejected": [user("Olá"), answer("Não.")],
     }
-    sample = read(shared, preference=True)
-    assert sample.messages == (user("Olá"),) and sample.chosen == "Sim."
+    # HuggingFaceH4/ultrafeedback_binarized has them beside the prompt and one conversation.
+    beside = {**shared, "prompt": "Olá", "messages": shared["chosen"]}
+    for row in (shared, beside):
+        sample = read(row, preference=True)
+        assert sample.messages == (user("Olá"),) and sample.chosen == "Sim."
+    with pytest.raises(SampleError, match="it has no question"):
+        read({"chosen": "Sim.", "rejected": "Não."}, preference=True)
     factory = {
         "conversations": [{"from": "human", "value": "Olá"}],
         "chosen": {"from": "gpt", "value": "Sim."},
