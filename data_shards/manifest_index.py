@@ -9,8 +9,9 @@ column is read when one of its values is asked for, and shared by all processes 
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -101,9 +102,21 @@ def map_column(path: Path, dtype: str, shape: list[int]) -> np.ndarray:
                 raise DamagedIndex(f"{path} has {size} bytes instead of {expected}")
             if not count:
                 return np.empty(shape, dtype)
-            return np.memmap(file, dtype, "r", _HEADER, tuple(shape)).view(np.ndarray)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(mapped, dtype, count, _HEADER).reshape(shape)
     except OSError as error:
         raise DamagedIndex(f"{path} cannot be read ({error.strerror})") from None
+
+
+def release(columns: Iterable[np.ndarray]) -> None:
+    """Let go of the memory of mapped columns; they are read again where they are asked for."""
+    for column in columns:
+        base: Any = column
+        while isinstance(base, np.ndarray):
+            base = base.base
+        mapped = base.obj if isinstance(base, memoryview) else base
+        if isinstance(mapped, mmap.mmap):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def column_digest(path: Path) -> str:
@@ -248,6 +261,7 @@ def check_rows(
         yield from _bad(first, pair == preference, "is a pair among samples, or the reverse")
         trains = (columns["tokens"][rows] > 0) & (columns["target_tokens"][rows] > 0)
         yield from _bad(first, trains, "has no token to train on")
+        release(columns.values())
 
 
 def _within(span: np.ndarray, limit: np.ndarray) -> np.ndarray:
