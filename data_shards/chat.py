@@ -88,6 +88,9 @@ class ChatTokenizer:
         # Longest first, so that no alternative hides a longer one.
         ordered = sorted(control, key=lambda text: (-len(text), text))
         self._control = re.compile("|".join(re.escape(text) for text in ordered if text))
+        known = [tokenizer.token_to_id(text) for text in ordered if text]
+        self._is_control = np.zeros(tokenizer.get_vocab_size(), bool)
+        self._is_control[[token for token in known if token is not None]] = True
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "ChatTokenizer":
@@ -276,6 +279,14 @@ class ChatTokenizer:
     def _ids(self, text: str) -> np.ndarray:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, np.int64)
+        # Normalisation may turn other characters into those of a control token (NFKC: U+FF1C to
+        # "<"): then there are more of them than the text, as it was defused, says.
+        n_control = int(self._is_control[ids].sum())
+        if n_control and n_control > len(self._control.findall(text)):
+            raise TokenizerError(
+                f"{self._where}: the tokenizer's normalisation turns a part of the text into a "
+                "control token"
+            )
         if DEFUSE not in text:
             return ids
         keep = np.ones(len(ids), bool)
