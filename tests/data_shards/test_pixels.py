@@ -243,6 +243,11 @@ def test_damaged_jpeg_is_what_pillow_makes_of_it() -> None:
     assert outcomes == {"refused", "decoded", "left to Pillow"}
 
 
+def test_a_side_beyond_the_compiled_limit() -> None:
+    data = toys.encoded(toys.picture(0, resize.MAX_SIDE + 1, 4))
+    assert np.array_equal(tiles_from(data, resize.MAX_SIDE + 1, 4), tiles_of(data))
+
+
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "BMP"])
 def test_other_formats_are_decoded_by_pillow(form: str) -> None:
     data = toys.encoded(toys.picture(0, 70, 41), form)
