@@ -8,6 +8,7 @@ control token: it is broken up by a noncharacter, whose own tokens are then take
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from conf.schema.model import ModelConfig
 from data_shards.chat_template import ChatTemplate
@@ -24,6 +25,8 @@ from data_shards.sample import DEFUSE, IMAGE_MARK
 # transformers' LlavaNextProcessor would turn this literal into an image token.
 _PROCESSOR_PLACEHOLDER = "<placeholder>"
 Message = Mapping[str, Any]
+# Loader and builder have threads and processes of their own; the library's would fight them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class TokenizerError(ValueError):
@@ -260,8 +263,13 @@ class ChatTokenizer:
         automatic = not (parts and bos and parts[0][0].startswith(bos))
         pieces = [np.array(self._prefix if automatic else [], np.int64)]
         flags = [np.zeros(len(pieces[0]), bool)]
-        for text, is_answer in parts:
-            ids = self._ids(text)
+        # One call for all texts: it lets other threads run, which `encode` does not (tokenizers
+        # 0.22).
+        encodings = self._tokenizer.encode_batch(
+            [text for text, _ in parts], add_special_tokens=False
+        )
+        for (text, is_answer), encoding in zip(parts, encodings, strict=True):
+            ids = self._ids(text, encoding)
             pieces.append(ids)
             flags.append(np.full(len(ids), is_answer))
         ids, targets = np.concatenate(pieces), np.concatenate(flags)
@@ -276,8 +284,7 @@ class ChatTokenizer:
         starts = (np.cumsum(repeats) - repeats)[marks]
         return Encoded(np.repeat(ids, repeats), np.repeat(targets, repeats), starts)
 
-    def _ids(self, text: str) -> np.ndarray:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    def _ids(self, text: str, encoding: Encoding) -> np.ndarray:
         ids = np.array(encoding.ids, np.int64)
         # Normalisation may turn other characters into those of a control token (NFKC: U+FF1C to
         # "<"): then there are more of them than the text, as it was defused, says.
