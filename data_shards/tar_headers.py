@@ -98,11 +98,12 @@ def long_name(content: bytes) -> bytes:
     """The name in a GNU long-name header, which a NUL ends.
 
     Raises:
-        HeaderError: there is none, or something after the NUL.
+        HeaderError: there is none, or no NUL (Python reads on, into the padding), or something
+            after it.
     """
-    name, _, rest = content.partition(b"\0")
-    if not name or rest.strip(b"\0"):
-        raise HeaderError("its GNU long name is empty or holds a NUL")
+    name, end, rest = content.partition(b"\0")
+    if not name or not end or rest.strip(b"\0"):
+        raise HeaderError("its GNU long name is empty or does not end in the one NUL")
     return name
 
 
