@@ -245,13 +245,12 @@ class Preparer:
 
     def _lengths(self, sample: Sample, image_tokens: Sequence[int]) -> dict[str, int]:
         if sample.chosen is None or sample.rejected is None:
-            one = self._tokenizer.encode(sample.messages, image_tokens)
-            lengths = (len(one.ids), one.n_targets, 0, 0)
+            lengths = (*self._tokenizer.count(sample.messages, image_tokens), 0, 0)
         else:
-            chosen, rejected = self._tokenizer.encode_preference(
+            chosen, rejected = self._tokenizer.count_preference(
                 sample.messages, sample.chosen, sample.rejected, image_tokens
             )
-            lengths = (len(chosen.ids), chosen.n_targets, len(rejected.ids), rejected.n_targets)
+            lengths = (*chosen, *rejected)
         names = ("tokens", "target_tokens", "tokens_rejected", "target_tokens_rejected")
         return dict(zip(names, lengths, strict=True))
 

@@ -55,6 +55,8 @@ class _Works:
     """What one process does: opens each source once, and one tokenizer for all."""
 
     def __init__(self, recipes: Mapping[str, Recipe], count: Any):
+        # One process is one core's work; threads would only pass texts to each other.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         # Pillow warns of broken metadata, which says nothing about the pixels.
         warnings.filterwarnings("ignore", module="PIL")
         self._recipes, self._count = recipes, count

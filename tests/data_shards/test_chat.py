@@ -96,6 +96,20 @@ def test_preference_documents_share_the_prompt(either: ChatTokenizer) -> None:
         assert either.decode(document.ids[document.targets], False) == answer + "<|im_end|>"
 
 
+def test_counts_are_the_lengths_of_what_is_encoded(either: ChatTokenizer) -> None:
+    pair = TURNS[:2]
+    for answer in ("Um sete.", HOSTILE, "a\nb", "\ufb01m <s"):
+        turns = [*TURNS[:-1], {"role": "assistant", "content": answer}]
+        encoded = either.encode(turns, [5])
+        assert either.count(turns, [5]) == (len(encoded.ids), encoded.n_targets)
+        both = either.encode_preference(pair, answer, "Dois.", [7])
+        counted = either.count_preference(pair, answer, "Dois.", [7])
+        assert counted == tuple((len(one.ids), one.n_targets) for one in both)
+    for tokens in ([], [5, 5]):
+        with pytest.raises(TokenizerError, match="1 <image> tokens"):
+            either.count(TURNS, tokens)
+
+
 def test_the_same_from_many_threads(either: ChatTokenizer) -> None:
     alone = either.encode(TURNS, [5]).ids
     with ThreadPoolExecutor(8) as pool:
