@@ -42,7 +42,7 @@ class JpegParts:
     scans: int = 0
     exif: bytes = b""
     xmp: bytes = b""
-    kept: list[bytes] = field(default_factory=list)
+    kept: list[bytes | memoryview] = field(default_factory=list)
 
 
 def take_apart(data: bytes) -> JpegParts:
@@ -52,9 +52,10 @@ def take_apart(data: bytes) -> JpegParts:
         ImageError: not a whole JPEG file, or one that not every decoder reads (12 bits, lossless,
             arithmetic, two or over four components).
     """
-    parts = JpegParts(kept=[b"\xff\xd8"])
+    parts, view = JpegParts(kept=[b"\xff\xd8"]), memoryview(data)
     for marker, start, stop in _segments(data):
-        segment, content = data[start:stop], data[start + 4 : stop]
+        segment: bytes | memoryview = view[start:stop]
+        content = b"" if marker == _SCAN else data[start + 4 : stop]  # coded bytes are many
         if marker in _FRAMES:
             _read_frame(parts, content)
         elif marker in _OTHER_FRAMES:
