@@ -47,6 +47,7 @@ from data_shards.manifest_index import (
     column_digest,
     map_columns,
     read_sealed,
+    release,
 )
 from data_shards.manifest_writer import ManifestWriter, rows_to_table, write_manifest
 
@@ -134,6 +135,10 @@ class Manifest:
         if not parts:
             return SCHEMA.empty_table().select(columns)
         return pa.concat_tables(parts).replace_schema_metadata(None)
+
+    def release(self) -> None:
+        """Let go of the memory of all columns; they are read again where they are asked for."""
+        release(getattr(self, name) for name in COLUMNS)
 
     def check_shards(self) -> None:
         """ManifestError unless every shard is there with its size (contents: CRC on reading)."""

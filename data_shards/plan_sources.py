@@ -169,6 +169,7 @@ def _look_at(name: str, manifest: Manifest, stage: StageConfig) -> PlanSource:
             least_tokens = min(least_tokens, int(tokens.min()))
             least_tiles = min(least_tiles, int(tiles.min()))
             lengths += np.bincount(tokens // _BIN, minlength=len(lengths))
+        manifest.release()
     numbers = np.arange(len(manifest.info.shards) + 1)
     mix = MixSource(name, np.searchsorted(manifest.shard, numbers), np.concatenate(refused))
     kept = max(len(mix), 1)

@@ -23,6 +23,7 @@ COLUMNS: Mapping[str, tuple[str, int]] = MappingProxyType(
         "attention": ("<i8", 1),
     }
 )
+_RELEASED = 1 << 22  # samples after which the manifests' pages are let go of
 ROW_BITS = 40  # of a code: (source number, manifest row) in one integer
 
 
@@ -61,6 +62,7 @@ class PlanWriter:
         }
         self._columns["offsets"].append(np.zeros(1, np.int64))
         self._samples = self._packs = 0
+        self._release_at = _RELEASED
         self._sums = np.zeros((len(sources), 4), np.int64)  # samples, tokens, targets, tiles
 
     def pack(self, packer: Packer, chunk: np.ndarray) -> int:
@@ -114,6 +116,10 @@ class PlanWriter:
         self._columns["tiles"].append(np.add.reduceat(tiles, ends - lengths))
         self._columns["attention"].append(np.add.reduceat(attention, ends - lengths))
         self._samples, self._packs = self._samples + len(codes), self._packs + len(lengths)
+        if self._samples >= self._release_at:
+            self._release_at = self._samples + _RELEASED
+            for source in self.sources:
+                source.manifest.release()
 
     def _report(self) -> dict[str, Any]:
         """Figures of a plan, ready for JSON."""

@@ -64,8 +64,8 @@ parallel file system gives is not measured here. How the path works: [../data/](
         {
             "images": "tools.benchmarks.data.images:measure",
             "loading": "tools.benchmarks.data.loading:measure",
-            "packing": "tools.benchmarks.data.planning:measure_packing",
-            "planning": "tools.benchmarks.data.planning:measure_planning",
+            "packing": "tools.benchmarks.data.packing:measure",
+            "planning": "tools.benchmarks.data.planning:measure",
             "build": "tools.benchmarks.data.build:measure",
         },
         scale=1.0,
