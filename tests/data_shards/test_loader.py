@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import re
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from data_shards.loader import Loader, LoaderError
 from data_shards.manifest import Manifest, ManifestError, read_manifest, write_manifest
 from data_shards.plan import Plan, PlanError, build_plan, sequential_plan
 from data_shards.reader import DescriptorCache, ShardReader
+from data_shards.records import RecordEncoder
 from tests.data_shards import toys
 from tests.data_shards.conftest import World
 from tests.data_shards.loader_process import packs_of
@@ -397,9 +400,24 @@ def test_batches_that_do_not_divide(world: World) -> None:
         loader(world, plan, micro_batch_size=3)
 
 
-def test_leaving_the_iterator_stops_its_threads(world: World) -> None:
-    import threading
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_goes_wrong_in_a_thread_reaches_the_caller(
+    world: World, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """With the sample that it happened to, and no thread left behind."""
 
+    def fails(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(RecordEncoder, "encode", fails)
+    with pytest.raises(MemoryError, match="no room") as caught:
+        list(loader(world, planned(world), workers=workers).batches())
+    (note,) = caught.value.__notes__
+    assert re.fullmatch(r"while loading .*\.tar: sample \d{9} \(row \d+\)", note)
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
+
+
+def test_leaving_the_iterator_stops_its_threads(world: World) -> None:
     plan = planned(world)
     iterator = loader(world, plan, workers=3).batches()
     next(iterator)

@@ -76,6 +76,26 @@ def test_a_truncated_shard_loses_its_tail_only(manifest: Manifest) -> None:
         reader.read(mine[-1])
 
 
+def test_members_that_lie_apart_are_read_one_by_one(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [ShardReader(manifest, DescriptorCache()).read(row) for row in range(len(manifest))]
+    reads: list[int] = []
+    pread = os.pread
+
+    def counted(descriptor: int, size: int, offset: int) -> bytes:
+        reads.append(size)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(reader_module, "_GAP", -1)
+    monkeypatch.setattr(reader_module.os, "pread", counted)
+    apart = [ShardReader(manifest, DescriptorCache()).read(row) for row in range(len(manifest))]
+    assert apart == whole
+    assert sorted(reads) == sorted(
+        [*manifest.json_span[:, 1].tolist(), *manifest.image_span[:, 1].tolist()]
+    )
+
+
 def test_a_file_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "_WAIT", 0.0)
     shard_of(manifest, 0).unlink()
