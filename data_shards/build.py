@@ -44,7 +44,10 @@ def build_all(
     tokenizer.require_model(model)
     geometry = AnyresGeometry.from_model(model)
     plan = BuildPlan(data, geometry, tokenizer.digest(), only)
-    BuildRun(plan).run(share)
+    if BuildRun(plan).run(share):
+        from data_shards.card.overview import write_overview  # Jinja, for this alone
+
+        write_overview(Path(data.root), data.sources)
 
 
 def build_dataset(

@@ -12,6 +12,7 @@ from data_shards.card import charts
 from data_shards.card.long_form import FILE_NAME
 from data_shards.card.render import COLOURS, ordered, render
 from data_shards.durable import replacing
+from data_shards.examined import writer
 
 HTML = "card.html"
 
@@ -45,7 +46,7 @@ def write_overview(root: Path, names: Iterable[str]) -> Path:
         bar=_bar(total["variety"]),
     )
     path = root / HTML
-    with replacing(path) as file:
+    with replacing(path, writer()) as file:  # array tasks may end together
         file.write(page.encode("utf-8", "replace"))
     return path
 

@@ -243,6 +243,7 @@ def test_only_and_unknown_names(data: DataConfig) -> None:
     data.sources["other"] = SourceConfig("/nowhere/*.parquet")
     build_all(data, model, only=["chats"])
     assert (Path(data.root) / "chats" / "manifest.parquet").exists()
+    assert "Not built yet: other" in (Path(data.root) / "card.html").read_text(encoding="utf-8")
     with pytest.raises(BuildError, match="only= names nada; data.sources has chats, other"):
         build_all(data, model, only=["nada"])
 
