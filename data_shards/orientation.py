@@ -23,6 +23,8 @@ def orientation(exif: bytes, xmp: bytes) -> int:
 
     Metadata that cannot be read says nothing about the pixels: 1.
     """
+    if not exif and not xmp:
+        return 1
     block = Image.Exif()
     try:
         block.load(exif)

@@ -4,6 +4,7 @@ What must come of them is made by Pillow from the pixels that were drawn, or by 
 the file; never by the code under test.
 """
 
+import functools
 import io
 import struct
 import zlib
@@ -92,6 +93,7 @@ def end() -> tuple[bytes, bytes]:
     return b"IEND", b""
 
 
+@functools.cache
 def all_cases() -> list[Case]:
     makers: list[Callable[[], Iterator[Case]]] = [
         turned,
