@@ -70,9 +70,10 @@ class Examination:
     block_rows: int
 
     def blocks(self) -> list[Block]:
-        """Its blocks; the first time its files are looked through."""
+        """Its blocks; the first time, or when its files have moved, they are looked through."""
         blocks = self.folder.read_blocks()
-        if blocks is None:
+        # Files that lie elsewhere now, otherwise unchanged, leave the digest as it was.
+        if blocks is None or any(not block.pieces[0].file.exists() for block in blocks[:1]):
             source = open_source(self.settings.name, self.settings.source)
             blocks = source.blocks(self.block_rows)
             self.folder.write_blocks(blocks)

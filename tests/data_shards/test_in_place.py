@@ -132,6 +132,20 @@ def _exif(turn: int) -> bytes:
     return exif.tobytes()
 
 
+def test_pairs_and_an_image_that_stands_twice(tmp_path: Path, build: Build) -> None:
+    picture = toys.encoded(toys.picture(1, 40, 60), "JPEG")
+    pair = {"question": "O que é?", "chosen": "Um autocarro.", "rejected": "Um ônibus."}
+    shards = [[{"0.jpg": picture, "1.jpg": picture, "json": pair}, {"json": pair}]]
+    manifest = build(write_archives(tmp_path / "theirs", shards), preference=True)
+    assert manifest.info.preference and manifest.tokens_rejected.min() > 0
+    assert not is_damaged(validate(manifest, 0, None, Checks(50_000_000)))
+    record, images = ShardReader(manifest, DescriptorCache()).read(0)
+    assert images == [picture, picture] and manifest.info.layout is not None
+    messages, chosen, rejected = read_record(record, manifest.info.layout, manifest.key(0), 2)
+    assert (chosen, rejected) == ("Um autocarro.", "Um ônibus.")
+    assert [item["type"] for item in messages[0]["content"]] == ["image", "image", "text"]
+
+
 def test_images_that_would_be_rewritten_are_refused(tmp_path: Path, build: Build) -> None:
     picture = toys.picture(3, 50, 80)
     grey_alpha = picture.convert("RGBA")
@@ -226,6 +240,9 @@ def test_damage_and_change_are_found(tmp_path: Path, build: Build) -> None:
     # Put back, it is examined again, as its time has changed, and is what it was.
     archive.write_bytes(whole)
     assert build(pattern).info.digest == manifest.info.digest
+    moved = pattern.parent.rename(tmp_path / "moved")
+    again = build(moved / "*.tar")
+    assert again.shards_directory == moved and again.info.digest == manifest.info.digest
 
 
 def test_a_record_is_read_as_it_was_examined() -> None:
