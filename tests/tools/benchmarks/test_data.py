@@ -88,8 +88,9 @@ def test_turns_belong_to_their_set_and_goals_are_judged(tmp_path: Path) -> None:
     taken.others = 0.5
     assert "not judged" in images.verdicts(images.by_set(taken, sets))[0]
     images.check_sums(divided, dict.fromkeys(divided, 7.0))
-    with pytest.raises(ValueError, match="ours makes other tiles of the 1024x768 pictures"):
-        images.check_sums(divided, dict.fromkeys(divided, 8.0))
+    for wrong in (8.0, 0.0):
+        with pytest.raises(ValueError, match="ours makes other tiles of the 1024x768 pictures"):
+            images.check_sums(divided, dict.fromkeys(divided, wrong))
 
 
 def test_every_section_of_a_page_can_be_found() -> None:
