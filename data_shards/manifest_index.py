@@ -244,7 +244,13 @@ def check_rows(
         bounds = columns["first_image"][first : first + len(shard) + 1]
         inside = (shard >= 0) & (shard < len(sizes))
         yield from _bad(first, inside, "names a shard that the manifest does not list")
-        if not inside.all() or (np.diff(bounds) < 0).any():
+        before = columns["shard"][max(first - 1, 0) : first + len(shard) - 1]
+        order = shard[len(shard) - len(before) :] >= before
+        order = np.concatenate([np.ones(len(shard) - len(order), bool), order])
+        yield from _bad(first, order, "stands behind a row of a later shard")
+        forward = np.diff(bounds) >= 0
+        yield from _bad(first, forward, "has images that end before they begin")
+        if not (inside.all() and forward.all()):
             return
         limit = sizes[shard]
         yield from _bad(first, _within(span, limit), "has a JSON member outside its shard")

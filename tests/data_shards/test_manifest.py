@@ -185,6 +185,9 @@ def test_a_forged_index_differs_from_the_parquet_file_and_in_digest(copy: Path) 
         ("json_span", 5, (0, 0), "JSON member outside"),
         ("image_span", 0, (-1, 7), "row 0 .* has an image outside its shard"),
         ("tiles", 4, 99, "row 4 .* has another sum of tiles"),
+        ("shard", 23, 0, r"row 23 \(000000023\) stands behind a row of a later shard"),
+        ("shard", 0, 1, r"row 1 \(000000001\) stands behind a row of a later shard"),
+        ("first_image", 5, 0, r"row 4 \(000000004\) has images that end before they begin"),
         ("tokens_rejected", 2, 7, "row 2 .* is a pair among samples"),
         ("target_tokens", 4, 0, "row 4 .* no token to train on"),
     ],
@@ -193,6 +196,18 @@ def test_rows_that_cannot_be(copy: Path, column: str, row: int, value: object, w
     forge(copy, column, row, value)
     with pytest.raises(ManifestError, match=words):
         read_manifest(copy).verify_index()
+
+
+def test_rows_are_checked_in_chunks(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_shards.manifest_index.CHUNK", 5)
+    manifest = read_manifest(copy)
+    manifest.verify_index()
+    first = int(np.flatnonzero(np.diff(manifest.shard))[0]) + 1
+    for row in (5, 10, 20):  # the first of a chunk
+        forge(copy, "shard", row, manifest.shard[row - 1] - 1 if row > first else -1)
+        with pytest.raises(ManifestError, match=f"row {row} .*(stands behind|names a shard)"):
+            read_manifest(copy).verify_index()
+        forge(copy, "shard", row, manifest.shard[row - 1])
 
 
 def test_such_rows_are_not_written(copy: Path) -> None:
@@ -236,7 +251,7 @@ def test_bytes_do_not_depend_on_the_parts(
     assert all(folder == folders[0] for folder in folders[1:])
     assert len(folders[0]) == 2 + len(COLUMNS)
     with ManifestWriter(tmp_path / "[24]") as writer:
-        writer.add(rows.take(list(reversed(range(24)))))
+        writer.add(rows.take([1, 0, *range(2, 24)]))
         assert writer.close(info).digest != info.digest
 
 
