@@ -11,8 +11,11 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 MAGIC, VERSIONS = 793712314, (11, 12)
 SUPERVISED = 3
+_LOSSES = (1, 2, 3, 4)  # hierarchical softmax, negative sampling, softmax, one against all
 MOST_BYTES = 8 << 30
 _HEADER = struct.Struct("<2i12id")
 _DICTIONARY = struct.Struct("<3i2q")  # entries, words, labels, tokens, pruned
@@ -64,22 +67,24 @@ class _Walk:
             raise _Damaged("is not a fastText model")
         if version not in VERSIONS:
             raise _Damaged(f"is of version {version}; the library reads {VERSIONS[1]}")
-        dim, model = settings[0], settings[7]
+        dim, n_grams, loss, model, bucket, longest = (settings[n] for n in (0, 5, 6, 7, 8, 10))
         if model != SUPERVISED:
             raise _Damaged("holds word vectors, not a classifier")
-        labels = self._dictionary()
+        # Word n-grams and parts of words are looked up modulo the buckets.
+        if loss not in _LOSSES or bucket < 0 or (bucket == 0 and (n_grams > 1 or longest > 0)):
+            raise _Damaged("is damaged: its settings contradict each other")
+        words, labels, pruned = self._dictionary()
         quantised = self._flag()
-        width = self._matrix(quantised, "input")
-        output_too = self._flag()
-        before = self.at
-        self._matrix(quantised and output_too, "output")
-        rows = struct.unpack_from("<q", self.data, before + (quantised and output_too))[0]
-        if not 0 < dim <= 4096 or width != dim or rows != labels:
+        inputs = self._matrix(quantised, "input")
+        outputs = self._matrix(self._flag() and quantised, "output")
+        rows = words + (bucket if pruned < 0 else pruned)
+        if inputs != (rows, dim) or outputs != (labels, dim):
             raise _Damaged("is damaged: its matrices do not fit its settings")
         if self.at != self.size:
             raise _Damaged(f"is damaged: {self.size - self.at:,} bytes too many")
 
-    def _dictionary(self) -> int:
+    def _dictionary(self) -> tuple[int, int, int]:
+        """Passes it; returns words, labels, and n-grams kept in a pruned model (-1: not pruned)."""
         entries, words, labels, _, pruned = self._take(_DICTIONARY)
         if not 2 <= labels <= 4096 or words < 0 or entries != words + labels:
             raise _Damaged(f"is damaged: {entries} words, {labels} of them labels")
@@ -89,18 +94,22 @@ class _Walk:
                 raise _Damaged("is damaged: its dictionary has no end")
             self.at = end + 1
             self._skip(_AFTER_WORD)
+        start = self.at
         self._skip(8 * max(pruned, 0))
-        return int(labels)
+        kept = np.frombuffer(self.data[start : self.at], "<i4").reshape(-1, 2)
+        if len(kept) and not (0 <= kept[:, 1].min() and kept[:, 1].max() < pruned):
+            raise _Damaged("is damaged: it keeps n-grams outside its matrix")
+        return words, labels, pruned
 
-    def _matrix(self, quantised: bool, what: str) -> int:
-        """Passes a matrix; returns its columns."""
+    def _matrix(self, quantised: bool, what: str) -> tuple[int, int]:
+        """Passes a matrix; returns rows and columns."""
         norms = quantised and self._flag()
         rows, columns = self._take(struct.Struct("<2q"))
         if rows < 0 or not 0 < columns <= 4096:
             raise _Damaged(f"is damaged: its {what} matrix has {rows} rows, {columns} columns")
         if not quantised:
             self._skip(rows * columns * 4)
-            return int(columns)
+            return rows, columns
         (codes,) = self._take(struct.Struct("<i"))
         self._skip(codes)
         if codes != rows * self._quantiser(columns):
@@ -108,7 +117,7 @@ class _Walk:
         if norms:
             self._skip(rows)
             self._quantiser(1)
-        return int(columns)
+        return rows, columns
 
     def _quantiser(self, columns: int) -> int:
         """Passes a product quantiser; returns the codes of a row."""

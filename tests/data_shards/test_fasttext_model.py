@@ -1,6 +1,8 @@
 """A real model, trained here with fastText itself in a second, and files that are none."""
 
+import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -8,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.fasttext_model import (
-    FastTextModel,
-    ModelError,
-    check_file,
-    file_digest,
-    labels_file,
-)
+from conf.schema.data import SourceConfig
+from data_shards.build import build_dataset
+from data_shards.chat import ChatTokenizer
+from data_shards.fasttext_file import ModelError, check_file
+from data_shards.fasttext_model import FastTextModel, file_digest, labels_file
 from data_shards.variety_judge import AGREEMENT, MODEL, Judge
+from tests.data_shards import toys
 
 pytest.importorskip("fasttext", reason="needs the extra [variety]")
 PORTUGAL = ("o autocarro está a chegar", "a equipa marcou um golo", "o ecrã do telemóvel")
@@ -120,9 +121,37 @@ def test_files_that_are_no_such_model_are_refused_before_the_library_sees_them(
         (good[:64] + struct.pack("<3i", 1 << 30, 1 << 30, 0) + good[76:], "is damaged: 1073741824"),
         (good[:64] + struct.pack("<3i", 1 << 30, (1 << 30) - 2, 2) + good[76:], "is damaged"),
         (good[:8] + struct.pack("<i", 9) + good[12:], "is damaged: its matrices do not fit"),
+        (good[:32] + struct.pack("<i", 7) + good[36:], "is damaged: its settings contradict"),
+        (good[:40] + struct.pack("<i", 0) + good[44:], "is damaged: its settings contradict"),
+        (good[:40] + struct.pack("<i", 9999) + good[44:], "is damaged: its matrices do not fit"),
     ):
         bad.write_bytes(content)
         with pytest.raises(ModelError, match=rf"bad.bin {cause}"):
             FastTextModel(bad)
     with pytest.raises(ModelError, match="cannot be read"):
         FastTextModel(tmp_path / "none.bin")
+
+
+def test_a_build_asks_the_model_and_is_made_again_when_it_changes(
+    models: Path, tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    staged = Path(shutil.copy(models / "euptvid.bin", tmp_path / "model.bin"))
+    chats = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": text}]}
+        for n, text in enumerate((*PORTUGAL, *BRAZIL))
+    ]
+    path = toys.write_jsonl(tmp_path / "chats.jsonl", chats)
+    source = SourceConfig(str(path), format="jsonl")
+    data = toys.data_config(tmp_path / "shards", tokenizer_directory, chats=source)
+    data.variety_model = str(staged)
+    digest = ChatTokenizer.from_directory(tokenizer_directory).digest()
+    first = build_dataset("chats", source, data, toys.GEOMETRY, digest)
+    hits = json.loads((tmp_path / "shards" / "chats" / "hits.json").read_text())
+    assert hits[f"{MODEL}pt-PT"] == 3 and hits[f"{MODEL}pt-BR"] == 3
+    assert first.info.varieties == {"pt-BR": 3, "pt-PT": 3}
+    staged.write_bytes((models / "euptvid.ftz").read_bytes())
+    again = build_dataset("chats", source, data, toys.GEOMETRY, digest)
+    assert again.info.inputs_digest != first.info.inputs_digest
+    staged.write_bytes(b"no model")
+    with pytest.raises(ValueError, match="model.bin has 8 bytes"):
+        build_dataset("chats", source, data, toys.GEOMETRY, digest)
