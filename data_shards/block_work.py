@@ -6,7 +6,7 @@ from typing import Any
 
 from data_shards import in_place
 from data_shards.dataset_folder import DatasetFolder, Part
-from data_shards.examined import BlockResult, ExaminedFolder, writer
+from data_shards.examined import MANIFEST_COLUMNS, BlockResult, ExaminedFolder, writer
 from data_shards.manifest import rows_to_table
 from data_shards.prepare import Content, Examined, Preparer, Refused, SourceChanged, key_of
 from data_shards.quarantine import RejectedWriter
@@ -177,7 +177,7 @@ def _add(
     key = key_of(facts["number"])
     pairs = [(content.extension, content.data) for content in contents]
     record, *images = shard_writer.add(key, pairs, [content.sha256 for content in contents])
-    columns = {name: facts[name] for name in _COLUMNS}
+    columns = {name: facts[name] for name in MANIFEST_COLUMNS}
     return {
         "key": key,
         "shard": shard,
@@ -188,12 +188,6 @@ def _add(
         ],
         **columns,
     }
-
-
-_COLUMNS = (
-    "tokens", "target_tokens", "tokens_rejected", "target_tokens_rejected", "tiles", "variety",
-    "language", "source", "licence",
-)  # fmt: skip
 
 
 def _place(member: Member) -> dict[str, Any]:

@@ -59,6 +59,11 @@ SCHEMA = pa.schema(
         ("licence", pa.string()),
     ]
 )
+# They stand in the manifest as they were examined.
+MANIFEST_COLUMNS = (
+    "tokens", "target_tokens", "tokens_rejected", "target_tokens_rejected", "tiles", "variety",
+    "language", "source", "licence",
+)  # fmt: skip
 _HITS = b"amalia_vl_hits"
 _BLOCKS = "blocks.json"
 _FINGERPRINTS, _REFUSED = "fingerprints.parquet", "refused.jsonl"

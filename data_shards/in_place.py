@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema.data import ImageLimits, SourceConfig
+from data_shards.examined import MANIFEST_COLUMNS
 from data_shards.foreign_records import read_record
 from data_shards.image_store import store
 from data_shards.images import ImageError, decode
@@ -93,14 +94,8 @@ def manifest_rows(
                 {**place, **{name: image[name] for name in ("width", "height", "tiles")}}
                 for place, image in zip(images, facts["images"], strict=True)
             ],
-            **{name: facts[name] for name in _COLUMNS},
+            **{name: facts[name] for name in MANIFEST_COLUMNS},
         }
-
-
-_COLUMNS = (
-    "tokens", "target_tokens", "tokens_rejected", "target_tokens_rejected", "tiles", "variety",
-    "language", "source", "licence",
-)  # fmt: skip
 
 
 def manifest_facts(
