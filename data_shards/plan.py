@@ -244,13 +244,13 @@ def _short(
     """`Packer.short` for a phase: whichever fills the packs of its first samples best."""
     if not stage.packing or packs < _WORTH_A_TRIAL:
         return 0
-    samples = np.empty((0, 2), np.int64)
+    samples, count = np.empty((0, 2), np.int64), min(_TRIAL, int(packs * phase.samples))
     mix = [source.mix for source in sources]
     for _, chunk in draws(mix, [replace(phase.mix, until=None)], stage.seed, data.shuffle_shards):
         samples = np.concatenate([samples, chunk])
-        if len(samples) >= _TRIAL:
+        if len(samples) >= count:
             break
-    samples = samples[:_TRIAL]
+    samples = samples[:count]
     used = []
     for short in (0, *phase.short):
         packer = _packer(sources, stage, len(samples) / phase.samples, None)

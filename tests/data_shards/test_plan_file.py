@@ -65,7 +65,7 @@ def test_every_damage_is_found_and_mended(manifests: Manifests, tmp_path: Path) 
     (folder,) = root.iterdir()
     generator = np.random.default_rng(0)
     for path in sorted(folder.iterdir()):
-        for damage in ("flip", "flip", "flip", "cut", "gone"):
+        for damage in ("flip", "cut", "gone"):
             whole = path.read_bytes()
             position = int(generator.integers(len(whole)))
             if damage == "flip":
