@@ -16,6 +16,7 @@ import pytest
 from conf.schema.data import SourceConfig
 from data_shards.build import build_dataset
 from data_shards.card import charts, figures, write_card
+from data_shards.card.__main__ import main
 from data_shards.card.figures import quantile, read_figures
 from data_shards.card.overview import write_overview
 from data_shards.card.samples import chosen_rows
@@ -245,3 +246,17 @@ def _charts() -> Iterator[str]:
     yield charts.shares({}, {}, "nothing")
     yield charts.shares({"<b>": 3}, {}, "one")
     yield charts.table_of_sizes(np.zeros((4, 4), np.int64), 2, "nothing")
+
+
+def test_the_command_writes_cards_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(root / "chats", tmp_path / "captions")
+    (folder / "card.html").unlink(missing_ok=True)
+    overrides = ["data=demo", f"data.root={tmp_path}"]
+    assert main([*overrides, "only=[captions]"]) == 0
+    assert capsys.readouterr().out.split() == [f"{folder}/card.html", f"{tmp_path}/card.html"]
+    assert (folder / "card.html").exists()
+    assert 'href="captions/card.html"' in (tmp_path / "card.html").read_text(encoding="utf-8")
+    assert main([*overrides, "only=vqa"]) == 1
+    assert "has none of vqa; build them first (make shards)" in capsys.readouterr().err
