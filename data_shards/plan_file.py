@@ -83,6 +83,7 @@ def ensure_plan(
         except PlanError as error:
             say(f"WARNING: {error}; it is computed again")
             _remove(folder)
+    began = time.monotonic()
     for manifest in drawn_manifests(manifests, data, stage).values():
         manifest.verify_index()
     root.mkdir(parents=True, exist_ok=True)
@@ -104,6 +105,11 @@ def ensure_plan(
         sync_directory(root)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    say(
+        f"{kind} plan of {plan.steps} steps: {plan.report['samples']} samples in "
+        f"{plan.report['packs']} packs, {plan.report['efficiency']:.1%} real tokens, made in "
+        f"{time.monotonic() - began:.0f} s"
+    )
     return read_plan(folder)
 
 

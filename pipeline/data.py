@@ -168,9 +168,12 @@ def _plans(
 ) -> dict[str, Plan]:
     """Plans by kind, the same on all ranks."""
 
+    def say(message: str) -> None:
+        print(f"[{stage.name}] {message}", flush=True)
+
     def ensure() -> str:
         return " ".join(
-            ensure_plan(kind, root, manifests, data, stage, _say).digest for kind in kinds
+            ensure_plan(kind, root, manifests, data, stage, say).digest for kind in kinds
         )
 
     digests = one_for_all(ensure).split()
@@ -193,7 +196,3 @@ def _seen(folder: Path) -> Plan:
         except PlanError:
             time.sleep(1)
     return read_plan(folder)
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
