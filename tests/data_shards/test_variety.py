@@ -96,6 +96,14 @@ def test_a_verdict_names_its_rules_and_one_habit_does_not_decide() -> None:
     assert verdict.hits == {"autocarro": 3} and verdict.pt_pt == 6 and verdict.pt_br == 0
 
 
+def test_a_variety_needs_twice_the_other_s_points() -> None:
+    mixed = "O autocarro, o comboio e o camião; o ônibus e o trem."
+    verdict = classify(mixed)
+    assert (verdict.pt_pt, verdict.pt_br, verdict.label) == (6, 4, "undecided")
+    verdict = classify(f"{mixed} A casa de banho.")
+    assert (verdict.pt_pt, verdict.pt_br, verdict.label) == (8, 4, "pt-PT")
+
+
 def test_decomposed_accents_count_as_composed_ones() -> None:
     assert classify("O o\u0302nibus para aqui.") == classify("O ônibus para aqui.")
 
