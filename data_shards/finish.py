@@ -1,6 +1,5 @@
 """The last phase of a build: manifest, quarantine, rule hits, card, and the name."""
 
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ import pyarrow as pa
 
 from data_shards import in_place
 from data_shards.build_plan import BuildError, BuildPlan, Target
+from data_shards.card import write_card
 from data_shards.durable import replacing
 from data_shards.manifest import ManifestInfo
 from data_shards.manifest_writer import ManifestWriter
@@ -65,11 +65,7 @@ def finish(target: Target, plan: BuildPlan) -> None:
         samples = writer.rows
     folder.drop_unlisted({shard.name for shard in shards})
     _write_hits(target)
-    spec = importlib.util.find_spec("data_shards.card")
-    if spec is not None and spec.origin is not None:
-        from data_shards.card import write_card
-
-        write_card(folder.building, target.name)
+    write_card(folder.building, target.name)
     folder.publish()
     size = sum(shard.size for shard in info.shards)
     print(
