@@ -20,6 +20,7 @@ VERSION = f"2 {rules_digest()}"  # verdicts may differ when it does; the number 
 MAX_CHARACTERS = 20_000  # more tells nothing new
 MARGIN = 2  # points that a variety needs beyond the other's
 RATIO = 2  # and how many times the other's points
+_LONGEST_WORD = 30  # letters of a word that is remembered
 _ACCENTED = re.compile(r"[áéóêôüç]")
 
 
@@ -125,7 +126,7 @@ class Matcher:
             known = ""
             if _ACCENTED.search(word):
                 known = next((name for name, p in self._shapes if p.fullmatch(word)), "")
-            if len(self._shape_of) < 100_000:
+            if len(word) <= _LONGEST_WORD and len(self._shape_of) < 100_000:
                 self._shape_of[word] = known
         return known
 
