@@ -106,6 +106,7 @@ class BuildRun:
         missing = [target for target in targets if not target.folder.has_left_out()]
         if not missing:
             return
+        self._tell_not_compared(missing)
         found = (
             self._duplicates(missing)
             if self._plan.data.duplicates.across_sources
@@ -115,6 +116,26 @@ class BuildRun:
             blocks = target.examination.blocks()
             rejected = first_refused(target.examination.folder, blocks)
             target.folder.write_left_out(found.get(target.name, {}), rejected)
+
+    def _tell_not_compared(self, targets: Sequence[Target]) -> None:
+        """Whatever the search cannot see is said, not passed over."""
+        for one in self._plan.evaluation:
+            refused = [r for b in one.blocks() for r in one.folder.refused(b.number)]
+            if refused:
+                print(
+                    f"note: {len(refused)} rows of evaluation set {one.settings.name} cannot be "
+                    f"compared, the first ({refused[0].origin}): {refused[0].reason}",
+                    flush=True,
+                )
+        names = list(self._plan.data.sources)
+        for target in targets if self._plan.data.duplicates.across_sources else ():
+            counted = {one.settings.name for one in target.before}
+            left = [n for n in names[: names.index(target.name)] if n not in counted]
+            if left:
+                print(
+                    f"note: {target.name} is not compared with {', '.join(left)}, not examined yet",
+                    flush=True,
+                )
 
     def _duplicates(self, targets: Sequence[Target]) -> Mapping[str, dict[int, str]]:
         last = targets[-1]  # those before it include all that the others are compared with

@@ -99,6 +99,7 @@ class Workers:
     def __init__(self, workers: int, recipes: Mapping[str, Recipe]):
         self._workers, self._recipes = workers, recipes
         self._pool: ProcessPoolExecutor | None = None
+        self._others: set[Any] = set()  # child processes that are not ours
         # Not fork: pyarrow and tokenizers have threads by now.
         self._context = multiprocessing.get_context("spawn")
         self._counters: Any = [0, 0] if workers <= 1 else self._context.Array("q", 2)
@@ -131,23 +132,26 @@ class Workers:
         finally:
             progress.finish()
 
-    def close(self) -> None:
-        """End the processes."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
     @contextmanager
     def closing(self) -> Iterator["Workers"]:
+        """End the processes with the block: at once when interrupted, else after the blocks that
+        they are working on."""
         try:
             yield self
+        except KeyboardInterrupt:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.kill()
+            raise
         finally:
-            self.close()
+            if self._pool is not None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _round(self, tasks: Iterable[Task], progress: Progress) -> Iterator[tuple[Task, bool]]:
         if self._workers <= 1:
             yield from self._in_line(tasks, progress)
             return
         if self._pool is None:
+            self._others = set(multiprocessing.active_children())
             self._pool = ProcessPoolExecutor(
                 self._workers, self._context, _start, (self._recipes, self._counters)
             )

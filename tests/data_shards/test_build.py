@@ -300,7 +300,8 @@ def test_the_first_of_two_alike_stays(
     rows = toys.chat_rows(12)
     first = toys.write_parquet(tmp_path / "first.parquet", [*rows[:6], rows[1]])
     second = toys.write_parquet(tmp_path / "second.parquet", [*rows[4:], rows[9]])
-    tests = toys.write_parquet(tmp_path / "tests.parquet", [rows[2], rows[8]])
+    blank = {**rows[3], "images": []}
+    tests = toys.write_parquet(tmp_path / "tests.parquet", [rows[2], rows[8], blank])
     data = toys.data_config(
         tmp_path / "out",
         tokenizer_directory,
@@ -322,12 +323,15 @@ def test_the_first_of_two_alike_stays(
         (f"{number:09d}", "duplicate") for number in (0, 1, 4, 8)
     ]
     assert "row 4 of first" in reasons(manifest)[0]["reason"]
-    assert "5 samples, 0 refused, 4 duplicates" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5 samples, 0 refused, 4 duplicates" in said
+    assert "note: 1 rows of evaluation set tests cannot be compared, the first (tests.pa" in said
     build_all(data, model, only=["second"])  # the first is examined, so it counts: up to date
     assert capsys.readouterr().out == "second: up to date, 5 samples\n"
     for name in ("first", ".first.examined"):
         (Path(data.root) / name).rename(tmp_path / name)
     build_all(data, model, only=["second"])
+    assert "note: second is not compared with first, not examined yet" in capsys.readouterr().out
     assert keys("second") == [0, 1, 2, 3, 5, 6, 7]
     data.duplicates.across_sources = False
     build_all(data, model)
