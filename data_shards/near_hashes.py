@@ -2,8 +2,8 @@
 
 The bits are dealt out to k + 2 bands. Bits that differ touch at most k bands, so that two hashes
 within k bits agree in two bands at least (the pigeonhole principle): whatever shares some pair of
-bands is looked at, and nothing within k bits is missed. Two bands and not one, because hashes of
-pictures are far from random, and one band of a page is often white.
+bands is looked at, and nothing within k bits is missed but in crowds (`near_pairs`). Two bands and
+not one, because hashes of pictures are far from random, and one band of a page is often white.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ _ODD = np.array(
     [0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64
 )
 _ODD_CONTEXT = np.uint64(0xA0761D6478BD642F)
+CROWD, FIRST = 32, 16
 _CHUNK = 1 << 20  # hashes looked up at a time
 
 
@@ -25,8 +26,9 @@ def near_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every pair of the same context within `bits` bits, each once.
 
-    Time and memory grow as N log N and N (about 64 bytes a hash) but for hashes that share two
-    bands without being near, or with being so: those pairs are looked at one by one.
+    Time and memory grow as N log N and N (about 64 bytes a hash). Where over `CROWD` hashes share
+    two bands, each is compared with the `CROWD` before it and with the first `FIRST` only, or a
+    million frames of one film would be a million million pairs.
 
     Args:
         hashes_NW: uint64 [N, 4].
@@ -39,13 +41,15 @@ def near_pairs(
     bands_BW = _bands(bits)
     found = [(np.empty(0, np.int64),) * 2]
     for first, second in combinations(range(len(bands_BW)), 2):
-        keys_N = _keys(hashes_NW, bands_BW[first] | bands_BW[second]) + context_N * _ODD_CONTEXT
-        order_N = np.argsort(keys_N)
+        mask_W = bands_BW[first] | bands_BW[second]
+        keys_N = _keys(hashes_NW, mask_W) + context_N * _ODD_CONTEXT
+        order_N = np.argsort(keys_N, kind="stable")
         keys_N = keys_N[order_N]
         for left, right in _within_runs(keys_N):
             a, b = order_N[left], order_N[right]
             differing = hashes_NW[a] ^ hashes_NW[b]
             good = (context_N[a] == context_N[b]) & (_count(differing) <= bits)
+            good &= ~(differing & mask_W).any(1)  # keys may be equal by chance
             # Where bands agree that come before these two, another turn has the pair.
             for band in range(second):
                 if band != first:
@@ -83,7 +87,8 @@ def near_matches(known_KW: np.ndarray, hashes_NW: np.ndarray, bits: int) -> np.n
                 at, known = start + row[good], known[good]
                 lower = (match_N[at] < 0) | (known < match_N[at])
                 match_N[at[lower]] = known[lower]
-                place = place + 1
+                # The sort is stable: what comes later in this run has a higher index.
+                row, place = row[~good], place[~good] + 1
     return match_N
 
 
@@ -111,7 +116,7 @@ def _bands(bits: int) -> np.ndarray:
 
 
 def _keys(hashes_NW: np.ndarray, mask_W: np.ndarray) -> np.ndarray:
-    """uint64 [N], equal where the masked bits are equal, and otherwise by rare chance."""
+    """uint64 [N], equal where the masked bits are equal, and otherwise seldom."""
     keys_N = np.zeros(len(hashes_NW), np.uint64)
     for word in range(WORDS):
         keys_N += (hashes_NW[:, word] & mask_W[word]) * _ODD[word]
@@ -121,9 +126,14 @@ def _keys(hashes_NW: np.ndarray, mask_W: np.ndarray) -> np.ndarray:
 def _within_runs(keys_N: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(left, right) positions of equal keys, of all pairs, one distance after the other."""
     left = np.flatnonzero(keys_N[1:] == keys_N[:-1])
-    distance = 1
-    while len(left):
+    for distance in range(1, CROWD + 1):
+        if not len(left):
+            return
         yield left, left + distance
-        distance += 1
-        left = left[left + distance < len(keys_N)]
-        left = left[keys_N[left] == keys_N[left + distance]]
+        left = left[left + distance + 1 < len(keys_N)]
+        left = left[keys_N[left] == keys_N[left + distance + 1]]
+    right = left + CROWD + 1  # what has more than CROWD before it in its run
+    start = np.searchsorted(keys_N, keys_N[right])
+    for number in range(FIRST):
+        far = right - start - number > CROWD
+        yield start[far] + number, right[far]

@@ -66,6 +66,18 @@ def test_near_matches_are_the_first_of_all(bits: int) -> None:
     assert max(expected) >= 0 > min(expected)
 
 
+def test_a_crowd_does_not_cost_its_square() -> None:
+    """A thousand pictures about one: half a million pairs, of which the first few are enough."""
+    generator = np.random.default_rng(0)
+    head = generator.bytes(32)
+    crowd = [head] + [flipped(head, generator.choice(256, 3)) for _ in range(1000)]
+    one, other = near_pairs(as_words(b"".join(crowd)), np.zeros(len(crowd), np.uint64), 6)
+    assert len(one) < len(crowd) * 250
+    assert set(other[one == 0]) == set(range(1, len(crowd)))
+    codes = one * len(crowd) + other
+    assert len(np.unique(codes)) == len(codes) and (one < other).all()
+
+
 @dataclass(frozen=True)
 class Picture:
     sha256: bytes
