@@ -60,5 +60,8 @@ class StampedFolder:
             self._stamp.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._stamp) as file:
                 file.write(digest.encode())
-        for left in self.path.rglob("*.tmp"):
-            left.unlink(missing_ok=True)  # of a build that was killed
+        for left in list(self.path.rglob("*.tmp")):  # of a build that was killed
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)

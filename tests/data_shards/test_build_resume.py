@@ -122,6 +122,11 @@ def test_a_build_cut_at_any_point_ends_with_the_same_bytes(
         with pytest.raises(Killed):
             build(data)
     final = Path(data.root) / "chats"
+    if point == "manifest":  # what a real kill leaves of files and folders that were growing
+        building = final.with_name(".chats.building")
+        (building / "index.tmp").mkdir()
+        for name in ("index.tmp/tokens.npy", "shards/chats-00000-0009.tar.node.7.tmp"):
+            (building / name).write_bytes(b"half")
     if point != "second rename":
         assert read_manifest(final / "manifest.parquet").info.digest == old_digest
     else:  # complete: it takes its place without being built again
