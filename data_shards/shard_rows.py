@@ -42,28 +42,29 @@ class ShardRows:
         self._first = int(rows[0]) if len(rows) else 0
         stop = int(rows[-1]) + 1 if len(rows) else 0
         self._table = manifest.read(SCHEMA.names, self._first, stop).combine_chunks()
-        self._facts: dict[int, dict[str, Any]] = {
-            row: self._table.slice(row - self._first, 1).to_pylist()[0] for row in rows.tolist()
-        }
-        self._order = sorted(self._facts, key=lambda row: int(self._facts[row]["json_offset"]))
+        offsets = self._table["json_offset"].to_numpy()[rows - self._first]
+        self._order = rows[np.argsort(offsets, kind="stable")]
+        images = self._table["images"].combine_chunks()
+        self._n_images = np.asarray(images.value_lengths())
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._order)
+        return iter(self._order.tolist())
 
     def key(self, row: int) -> str:
         """The sample's key."""
-        return str(self._facts[row]["key"])
+        return str(self._table["key"][row - self._first].as_py())
 
     def n_images(self, row: int) -> int:
         """Images of the sample."""
-        return len(self._facts[row]["images"])
+        return int(self._n_images[row - self._first])
 
     def members(self, row: int) -> Iterator[StoredMember]:
         """The record, then the images."""
-        facts = self._facts[row]
+        # One at a time: as Python values, all rows of an archive of others could fill the memory.
+        facts: dict[str, Any] = self._table.slice(row - self._first, 1).to_pylist()[0]
         yield StoredMember(
             "JSON",
             None,
