@@ -11,6 +11,7 @@ from data_shards.locks import FileLock
 from data_shards.manifest import Manifest
 from data_shards.quarantine import first_refused
 from data_shards.sources.blocks import Block
+from data_shards.stamped_folder import FolderInUse
 from data_shards.workers import EXAMINE, WRITE, Task, Workers
 
 
@@ -45,19 +46,20 @@ class BuildRun:
             if share is not None and share.phase == EXAMINE:
                 return finished
             stale = [target for target in stale if self._open(stack, target, finished)]
-            try:
-                self._leave_out(stale)
-                self._write(workers, stale, share)
-                for target in stale:
-                    if target.folder.done() >= {b.number for b in target.examination.blocks()}:
-                        finished[target.name] = self._finish(target)
-            except FileNotFoundError:
-                # Another build may have published what we were looking at.
-                for target in stale:
-                    manifest = target.existing()
-                    if manifest is None:
+            while stale:
+                try:
+                    self._leave_out(stale)
+                    self._write(workers, stale, share)
+                    for target in stale:
+                        self._finish(target, share, finished)
+                    break
+                except FileNotFoundError:
+                    # Another build may have published what we were looking at.
+                    published = {t.name: m for t in stale if (m := t.existing()) is not None}
+                    if not published:
                         raise
-                    finished[target.name] = manifest
+                    finished |= published
+                    stale = [target for target in stale if target.name not in published]
         return finished
 
     def _repaired(self, target: Target) -> Manifest | None:
@@ -91,7 +93,12 @@ class BuildRun:
 
     def _open(self, stack: ExitStack, target: Target, finished: dict[str, Manifest]) -> bool:
         """Have the building folder; False where another build has published meanwhile."""
-        alone = stack.enter_context(target.folder.stamped().opened(target.digest))
+        try:
+            alone = stack.enter_context(target.folder.stamped().opened(target.digest))
+        except FolderInUse:
+            alone = False
+            if target.existing() is None:
+                raise
         manifest = target.existing()
         if manifest is None:
             target.folder.make()
@@ -160,16 +167,23 @@ class BuildRun:
             names += [target.name] if missing else []
         workers.run(f"{', '.join(names)}: written", tasks)
 
-    def _finish(self, target: Target) -> Manifest:
+    def _finish(self, target: Target, share: Share | None, finished: dict[str, Manifest]) -> None:
+        """Publish a data set all of whose blocks are written, unless another build has."""
+        blocks = {block.number for block in target.examination.blocks()}
+        left = blocks - target.folder.done()
+        manifest = target.existing()
+        if left and manifest is None:
+            assert share is not None, "blocks were left out"
+            print(f"{target.name}: {len(blocks) - len(left)} of {len(blocks)} blocks are written")
+            return
         with self._finish_lock(target) as lock:
             lock.exclusive()
             manifest = target.existing()
-            if manifest is not None:
-                return manifest
-            finish(target, self._plan)
-        manifest = target.existing()
+            if manifest is None:
+                finish(target, self._plan)
+                manifest = target.existing()
         assert manifest is not None
-        return manifest
+        finished[target.name] = manifest
 
     def _finish_lock(self, target: Target) -> FileLock:
         final = target.folder.final
