@@ -100,9 +100,15 @@ def check_size(width: int, height: int, limits: ImageLimits) -> None:
 def _store_jpeg(data: bytes, limits: ImageLimits) -> StoredImage:
     parts = jpeg_metadata.take_apart(data)
     check_size(parts.width, parts.height, limits)
-    # Strict: what libjpeg only warns of (missing or superfluous coded bytes) is an error.
-    grey = simplejpeg.decode_jpeg(parts.bare, "GRAY", strict=True, **_HASHED)[:, :, 0]
     turn = orientation(parts.exif, parts.xmp)
+    try:
+        # Strict: what libjpeg only warns of (missing or superfluous coded bytes) is an error.
+        grey = simplejpeg.decode_jpeg(parts.bare, "GRAY", strict=True, **_HASHED)[:, :, 0]
+    except ValueError as error:
+        if "subsampling" not in str(error):
+            raise
+        # A good JPEG, but with sampling factors that TurboJPEG has no name for.
+        return _as_png(_open(parts.bare, ("JPEG",), limits), turn)
     if parts.components < 4 and turn == 1:
         picture = _scaled_size(parts.width, parts.height, grey.shape)
         fingerprint = difference_hash(Image.fromarray(grey), picture)

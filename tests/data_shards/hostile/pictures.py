@@ -258,6 +258,7 @@ def colours() -> Iterator[Case]:
     for depth, colour, channels in ((8, 2, 3), (4, 0, 1)):
         yield Case(f"interlaced-{depth}.png", *both(interlaced(depth, colour, channels)))
     yield Case("with-profile.jpeg", after_start(plain, profile), shown_by_pillow(plain))
+    yield Case("factors.jpeg", *both(with_factors_that_have_no_name()))
     yield Case("grey.jpeg", *both(toys.encoded(drawn().convert("L"), "JPEG")))
     for mode, form in (("1", "PNG"), ("P", "PNG"), ("1", "TIFF"), ("P", "BMP"), ("1", "GIF")):
         data = toys.encoded(drawn().convert(mode), form)
@@ -281,6 +282,17 @@ def interlaced(depth: int, colour: int, channels: int) -> bytes:
             coded += b"\0" + generator.bytes(size)
     head = b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 1)
     return png(head, (b"IDAT", zlib.compress(coded)), end())
+
+
+def with_factors_that_have_no_name() -> bytes:
+    """24 x 16 px of grey, the first component sampled three times as finely across as the others:
+    ten blocks, each the codes of no difference and of no detail in the luminance tables."""
+    data = bytearray(toys.encoded(Image.new("RGB", (24, 16)), "JPEG", subsampling=0))
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    data[frame + 11] = 0x31
+    for component in range(3):
+        data[scan + 6 + 2 * component] = 0x00
+    return bytes(data[: scan + 14]) + int("001010" * 10 + "1111", 2).to_bytes(8) + b"\xff\xd9"
 
 
 def both(data: bytes) -> tuple[bytes, np.ndarray]:
