@@ -83,10 +83,8 @@ def cut(patched: pytest.MonkeyPatch, where: object, name: str, after: int) -> No
 
 POINTS = {
     "examined": (ExaminedFolder, "write", 1),
-    "duplicates": (build_run, "find_duplicates", 0),
     "left out": (DatasetFolder, "write_left_out", 0),
     "shard": (ShardWriter, "close", 4),
-    "part": (DatasetFolder, "write_part", 4),
     "manifest": (build_run, "finish", 0),
     "publish": (DatasetFolder, "publish", 0),
     "first rename": (dataset_folder.os, "rename", 0),
