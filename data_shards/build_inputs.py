@@ -2,9 +2,10 @@
 
 The digest of an *examination* covers the source's files (name, size, time of change; images that
 they name by path not at all: touch the source file when those change), its settings, the limits of
-images, the tokenizer, the tiling, Pillow, and the rules of this code. The digest of a *data set*
-covers that of its examination, the size of shards, and what the search for duplicates compares:
-its rules, the examinations of the sources before it that count, and of the evaluation sets.
+images, the tokenizer, the tiling, Pillow, simplejpeg, and the rules of this code. The digest of a
+*data set* covers that of its examination, the size of shards, and what the search for duplicates
+compares: its rules, the examinations of the sources before it that count, and of the evaluation
+sets.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL
+import simplejpeg
 
 from conf.schema.data import DataConfig, SourceConfig
 from data_shards import variety
@@ -56,6 +58,7 @@ def examine_digest(
         "tokenizer": tokenizer_digest,
         "geometry": settings.geometry.digest(),
         "pillow": PIL.__version__,
+        "simplejpeg": simplejpeg.__version__,  # which JPEGs it takes for damaged; their hashes
         "variety": variety.VERSION,
         "variety_model": settings.variety_model and file_digest(settings.variety_model),
     }
