@@ -122,9 +122,11 @@ def unpacked(parts: PngParts) -> bytes:
     chunks = list(_chunks(parts.bare))
     first = next(start for name, start, _ in chunks if name == b"IDAT")
     last = chunks[-1][1]
-    body = b"IDAT" + zlib.compress(rows, 0)
-    whole = (len(body) - 4).to_bytes(4) + body + zlib.crc32(body).to_bytes(4)
-    return parts.bare[:first] + whole + parts.bare[last:]
+    packed = zlib.compress(rows, 0)
+    del rows  # large
+    crc = zlib.crc32(packed, zlib.crc32(b"IDAT"))
+    head, tail = parts.bare[:first], parts.bare[last:]
+    return b"".join((head, len(packed).to_bytes(4), b"IDAT", packed, crc.to_bytes(4), tail))
 
 
 def _row_bytes(parts: PngParts) -> int:
