@@ -11,7 +11,7 @@ from PIL import Image
 from data_shards.images import ImageError
 from data_shards.jpeg_metadata import take_apart
 from tests.data_shards import toys
-from tests.data_shards.hostile.pictures import after_start, segment, without_jfif
+from tests.data_shards.hostile.file_parts import after_start, segment, without_jfif
 
 CODINGS: dict[str, dict[str, Any]] = {
     "444": {"subsampling": 0},
