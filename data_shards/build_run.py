@@ -110,9 +110,15 @@ class BuildRun:
 
     def _leave_out(self, targets: Sequence[Target]) -> None:
         """Phase duplicates: one search for all targets that have not had theirs."""
-        missing = [target for target in targets if not target.folder.has_left_out()]
-        if not missing:
-            return
+        with ExitStack() as stack:
+            for target in targets:  # only one process at a time: it takes a lot of memory
+                if not target.folder.has_left_out():
+                    stack.enter_context(self._finish_lock(target)).exclusive()
+            missing = [target for target in targets if not target.folder.has_left_out()]
+            if missing and not any(target.existing() for target in missing):
+                self._search(missing)
+
+    def _search(self, missing: Sequence[Target]) -> None:
         self._tell_not_compared(missing)
         found = (
             self._duplicates(missing)
