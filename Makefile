@@ -12,6 +12,7 @@ OUT ?= $(if $(filter stage3,$(STAGE)),runs/$(RUN)/hf,runs/$(RUN)/$(STAGE)/hf)
 DRY ?=
 TEST_ONLY ?=
 YES ?=
+BENCH ?= speed
 ARGS ?=
 VENV ?= .venv
 WORKERS ?= 2
@@ -30,6 +31,8 @@ READY = $(if $(PREPARED),,$(VENV)/.installed)
 # nemo-run brings a hundred packages; they stay out of VENV.
 VENV_REMOTE ?= .venv-remote
 REMOTE_READY = $(VENV_REMOTE)/.installed
+# energon, which training does not need; torch and the rest it shares with VENV.
+VENV_ENERGON ?= .venv-energon
 # $(call slurm,VERB,MODULE): the module here, or with REMOTE=user@host the verb there, over SSH.
 REMOTE ?=
 REMOTE_DIR ?=
@@ -46,7 +49,7 @@ HERE = $(if $(REMOTE),$(error REMOTE= goes with stage1, stage2, stage3, pipeline
 	steer and array; give `make $@` there))$(SHOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-remote demo test lint format shards stage1 stage2 stage3 pipeline status logs \
+.PHONY: help setup setup-remote setup-energon demo test lint format shards stage1 stage2 stage3 pipeline status logs \
 	cancel steer array import export eval plan dryrun profile bench report
 
 help: ## this list
@@ -61,7 +64,7 @@ help: ## this list
 
 setup: $(READY) ## make .venv and install everything (every verb does it by itself)
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml constraints.txt $(wildcard data_shards/native/*)
 	@test -x $(PY) || test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or 3.12 that can make a \
 	virtual environment; install one (Debian: apt install python3.11-venv) or give PYTHON=' >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -86,6 +89,17 @@ $(VENV_REMOTE)/.installed: constraints-remote.txt
 		-c constraints-remote.txt nemo-run leptonai
 	@touch $@
 
+setup-energon: $(VENV_ENERGON)/.installed ## make .venv-energon, to compare and check against energon
+
+$(VENV_ENERGON)/.installed: constraints-energon.txt | $(READY)
+	@test -x $(VENV_ENERGON)/bin/python || $(PY) -m venv $(VENV_ENERGON)
+	@echo 'installing energon into $(VENV_ENERGON)'
+	@$(VENV_ENERGON)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+		-r constraints-energon.txt
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > "$$($(VENV_ENERGON)/bin/python \
+		-c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/shared.pth"
+	@touch $@
+
 demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
 	$(HERE) $(PY) -m tools.demo run=$(RUN) $(ARGS)
 
@@ -101,8 +115,9 @@ format: $(READY) ## ruff, writing
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-shards: $(READY) ## sources of DATA to tar shards and manifests
-	$(HERE) $(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) $(ARGS)
+shards: $(READY) ## sources of DATA to tar shards and manifests; DRY=1 shows ten samples of each
+	$(if $(REMOTE),$(HERE))$(PY) -m data_shards.build model=$(MODEL) data=$(DATA) run=$(RUN) \
+		$(if $(DRY),dry=$(DRY)) $(ARGS)
 
 stage1 stage2 stage3: $(LAUNCHER) ## one stage of RUN; the same command resumes
 	$(SUBMIT) 'stages=[$@]' $(ARGS)
@@ -146,8 +161,9 @@ dryrun: $(READY) ## build and step every rank of a layout on this machine, witho
 profile: $(READY) ## some steps of STAGE under torch's profiler, to runs/RUN/profile
 	$(HERE) $(PY) -m tools.profile_run run=$(RUN) model=$(MODEL) data=$(DATA) stage=$(STAGE) $(ARGS)
 
-bench: $(READY) ## measure what this machine can; tables to docs/benchmarks
-	$(HERE) $(PY) -m tools.bench $(ARGS)
+bench: $(READY) ## measure what this machine can (BENCH=speed|data); tables to docs/benchmarks
+	$(if $(filter data,$(BENCH)),$(HERE) $(MAKE) -s setup-energon || echo 'note: no energon to compare with')
+	$(HERE) $(PY) -m tools.bench bench=$(BENCH) $(ARGS)
 
 report: $(READY) ## report.html and report.json of RUN
 	$(HERE) $(PY) -m tools.report run=$(RUN) $(ARGS)

@@ -206,23 +206,24 @@ def _stage(config: Config, _: Hardware | None) -> Iterator[str]:
 def _mix(config: Config, _: Hardware | None) -> Iterator[str]:
     """The stage has a mix, whose sources carry the answers that its objective needs."""
     stage, data = config.stage, config.data
-    if stage.name not in data.mix:
+    if not data.phases(stage.name):
         yield f"data.mix has no {stage.name}; add +data.mix.{stage.name}={{SOURCE: WEIGHT}}"
         return
+    where = f"data.{'curriculum' if stage.name in data.curriculum else 'mix'}.{stage.name}"
     wants_pairs = stage.objective == "dpo"
-    for name, weight in data.mix[stage.name].items():
+    for name in data.drawn(stage.name):
         source = data.sources.get(name)
-        if source is None or weight <= 0 or source.preference == wants_pairs:
+        if source is None or source.preference == wants_pairs:
             continue
         if wants_pairs:
             yield (
                 f"stage.objective=dpo needs chosen and rejected answers, which data.sources.{name} "
-                f"does not have; take it out of data.mix.{stage.name}, or set its preference=true"
+                f"does not have; take it out of {where}, or set its preference=true"
             )
         else:
             yield (
                 f"data.sources.{name} holds preference pairs, which stage.objective=sft cannot "
-                f"use; take it out of data.mix.{stage.name}"
+                f"use; take it out of {where}"
             )
 
 

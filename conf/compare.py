@@ -23,8 +23,10 @@ MAY_CHANGE = (
     "data.root",
     "data.tokenizer",
     "data.shard_bytes",
+    "data.block_rows",
     "data.build_workers",
     "data.load_workers",
+    "data.max_masked",
     "run",
     "runs_dir",
 )

@@ -47,11 +47,17 @@ def collate(
     document_multiple: int,
     pad_id: int,
     need_images: bool,
+    tile_share: tuple[int, int] = (0, 1),
 ) -> PackedBatch:
     """Lay packs end to end; see `PackedBatch` for shapes.
 
     Every document is padded to `document_multiple` with `pad_id`; what is left of a pack is one
     padding document.
+
+    Args:
+        need_images: False leaves out all pictures: `tiles_NCHW` is then one black tile.
+        tile_share: (rank, ranks) of those that compute the tiles of this batch together; pictures
+            without a tile in this rank's share stay black (`own_tiles`).
 
     Raises:
         BadPicture: stored bytes do not decode, or decode to another size.
@@ -103,7 +109,9 @@ def collate(
         loss_mask_T=loss_mask_T,
         position_ids_T=np.arange(total) - np.repeat(cu_seqlens[:-1], lengths).astype(np.int64),
         cu_seqlens=cu_seqlens,
-        tiles_NCHW=_tiles(samples, geometry, tiles_of, n_tiles, need_images),
+        tiles_NCHW=_tiles(samples, geometry, tiles_of, n_tiles, tile_share)
+        if need_images and tiles_of
+        else np.zeros((1, 3, geometry.tile, geometry.tile), np.uint8),
         image_positions_P=_joined(positions),
         image_rows_P=_joined(rows),
         pairs=np.array(pairs, np.int64).reshape(-1, 2),
@@ -113,34 +121,35 @@ def collate(
     )
 
 
+def own_tiles(n_tiles: int, tile_share: tuple[int, int]) -> range:
+    """The tiles of a batch that rank (rank, ranks) runs through the vision tower: what
+    `models.tile_sharing.own_share` cuts out, without its black padding."""
+    rank, ranks = tile_share
+    share = -(-n_tiles // ranks)
+    return range(min(rank * share, n_tiles), min((rank + 1) * share, n_tiles))
+
+
 def _tiles(
     samples: Sequence[LoadedSample],
     geometry: AnyresGeometry,
     tiles_of: Sequence[int],
     n_tiles: int,
-    need_images: bool,
+    tile_share: tuple[int, int],
 ) -> np.ndarray:
-    side = geometry.tile
-    if not need_images or not tiles_of:
-        return np.zeros((1, 3, side, side), np.uint8)
-    out_NCHW = np.empty((n_tiles, 3, side, side), np.uint8)
+    """uint8 [n_tiles, 3, tile, tile]; black where a sample is masked or another rank looks."""
+    out_NCHW = np.zeros((n_tiles, 3, geometry.tile, geometry.tile), np.uint8)
+    own = own_tiles(n_tiles, tile_share)
     image = first = 0
     for sample in samples:
         for which, (height, width) in enumerate(sample.image_hw):
-            out = out_NCHW[first : first + tiles_of[image]]
-            if sample.image_bytes is None:
-                out[:] = 0
-            else:
+            stop = first + tiles_of[image]
+            if sample.image_bytes is not None and first < own.stop and own.start < stop:
+                data = sample.image_bytes[which]
                 try:
-                    # The limit is what the builder measured: a larger one is not that image.
-                    picture = images.decode(sample.image_bytes[which], height * width)
+                    images.write_tiles_from(data, height, width, geometry, out_NCHW[first:stop])
                 except images.ImageError as error:
                     raise BadPicture(sample.sample_id, f"image {which}: {error}") from None
-                if picture.size != (width, height):
-                    size = f"{picture.width}x{picture.height}"
-                    raise BadPicture(sample.sample_id, f"image {which} is {size} px")
-                images.write_tiles(picture, geometry, out)
-            first += tiles_of[image]
+            first = stop
             image += 1
     return out_NCHW
 

@@ -17,9 +17,12 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears as `path` only when the block ends without an error, flushed to disk."""
-    aside = path.with_name(f"{path.name}.tmp")
+def replacing(path: Path, writer: str = "") -> Iterator[BinaryIO]:
+    """A file that appears as `path` only when the block ends without an error, flushed to disk.
+
+    `writer` names who writes, where several may write the same file at once.
+    """
+    aside = path.with_name(f"{path.name}{writer}.tmp")
     try:
         with open(aside, "wb") as file:
             yield file

@@ -1,96 +1,61 @@
-"""Image bytes: checked once at build time, turned into uint8 tiles at load time.
+"""Stored images to uint8 tiles at load time, as transformers' slow processor makes them.
 
-At build time every image is fully decoded; one whose plain decoding would not give the picture
-people see (EXIF rotation, transparency, palette, CMYK, 16 bit) is stored again, losslessly, as PNG.
-So the loader only ever converts to RGB, and what it sees is what transformers' processor would see.
+Whatever else an image might be was settled when it was stored (`data_shards.image_store`): here it
+is only ever converted to RGB. Two ways, one result, bit for bit: `decode` and `write_tiles` are
+Pillow's and the definition; `write_tiles_from` goes faster where it can (docs/data/pixels.md).
 """
 
 import io
+import sys
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
+from data_shards import jpeg, resize
 from models.anyres import AnyresGeometry
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Below this transformers 4.57.6 may take the height for the channels (facts: 1 or 3 px high).
 MIN_SIDE = 4  # px
-_EXIF_ORIENTATION = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
+_KEPT_BYTES = 64 << 20  # the most memory for pixels that a thread keeps between images
 
 T = TypeVar("T")
+
+backend = resize.backend  # "avx512", "avx2" or "pillow"
 
 
 class ImageError(ValueError):
     """Bytes that are not an acceptable image; the message says why."""
 
 
-@dataclass(frozen=True)
-class StoredImage:
-    """What goes into the shard: `data` decodes to `width` x `height` RGB pixels."""
+def write_tiles_from(
+    data: bytes, height: int, width: int, geometry: AnyresGeometry, out_NCHW: np.ndarray
+) -> None:
+    """Tiles of one stored image of a known size. Threads may call it at the same time.
 
-    data: bytes
-    extension: str  # jpg or png
-    width: int
-    height: int
-
-
-def store(data: bytes, max_pixels: int) -> StoredImage:
-    """Check one image and choose the form in which it is stored.
-
-    8-bit RGB or grey JPEG and PNG keep their bytes; everything else becomes PNG.
+    Args:
+        data: the encoded image, of `height` x `width` pixels as the manifest says.
+        out_NCHW: uint8 [geometry.n_tiles(height, width), 3, tile, tile], contiguous; overwritten.
 
     Raises:
-        ImageError: unreadable, truncated, larger than `max_pixels` (looked at before any
-            decoding), or a side under 4 px.
+        ImageError: it does not decode, or has another size or mode. Sizes are compared before
+            anything is decoded, so no image takes more memory than the manifest's size does.
     """
-
-    def read() -> StoredImage:
-        image = _open(data, max_pixels)
-        orientation = _orientation(image)
-        image.load()
-        plain = (
-            image.format in ("JPEG", "PNG")
-            and image.mode in ("RGB", "L")
-            and "transparency" not in image.info
-            and getattr(image, "n_frames", 1) == 1
-            and orientation == 1
-        )
-        if plain:
-            extension = "jpg" if image.format == "JPEG" else "png"
-            return StoredImage(data, extension, image.width, image.height)
-        upright = _to_rgb(image)
-        if orientation in _TRANSPOSE:
-            upright = upright.transpose(_TRANSPOSE[orientation])
-        buffer = io.BytesIO()
-        upright.save(buffer, "PNG")
-        return StoredImage(buffer.getvalue(), "png", upright.width, upright.height)
-
-    return _guarded(read)
+    pixels = _pixels(data, height, width)
+    instructions = backend()
+    if instructions == resize.PILLOW or max(height, width) > resize.MAX_SIDE:
+        pixels = pixels[: height * width * 3]
+        write_tiles(Image.frombuffer("RGB", (width, height), pixels), geometry, out_NCHW)
+    else:
+        resize.write_tiles(pixels, height, width, geometry, out_NCHW, instructions)
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Stored bytes as an RGB image; ImageError if they do not decode."""
-
-    def read() -> Image.Image:
-        image = _open(data, max_pixels)
-        if image.mode not in ("RGB", "L"):
-            raise ImageError(f"mode {image.mode} is not what the builder stores")
-        return image.convert("RGB")
-
-    return _guarded(read)
+    return _guarded(lambda: _to_rgb(_open(data, max_pixels)))
 
 
 def write_tiles(image: Image.Image, geometry: AnyresGeometry, out_NCHW: np.ndarray) -> None:
@@ -122,6 +87,45 @@ def tiles(image: Image.Image, geometry: AnyresGeometry) -> np.ndarray:
     return out_NCHW
 
 
+class _Room(threading.local):
+    """A thread's memory for the pixels of one image, kept for the next: new pages cost time."""
+
+    def __init__(self) -> None:
+        self._kept = np.empty(0, np.uint8)
+
+    def take(self, n_bytes: int) -> np.ndarray:
+        if n_bytes > _KEPT_BYTES:
+            return _aligned(n_bytes)
+        if n_bytes > len(self._kept):
+            self._kept = _aligned(n_bytes)
+        return self._kept[:n_bytes]
+
+
+def _aligned(n_bytes: int) -> np.ndarray:
+    """uint8 [n_bytes] that begins where a cache line does."""
+    room = np.empty(n_bytes + 63, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + n_bytes]
+
+
+_room = _Room()
+
+
+def _pixels(data: bytes, height: int, width: int) -> np.ndarray:
+    """uint8 [height * width * 3 + SLACK]: RGB pixels, valid until this thread's next image."""
+    size = plain = jpeg.plain_size(data)
+    if size is None:
+        image = _guarded(lambda: _open(data, sys.maxsize))
+        size = image.height, image.width
+    if size != (height, width):
+        raise ImageError(f"{size[1]}x{size[0]} px, not {width}x{height}")
+    n_bytes = height * width * 3
+    pixels = _room.take(n_bytes + resize.SLACK)
+    if plain is None or not jpeg.decode_into(data, pixels):
+        pixels[:n_bytes] = np.asarray(decode(data, height * width)).reshape(-1)
+    return pixels
+
+
 def _guarded(read: Callable[[], T]) -> T:
     try:
         return read()
@@ -144,23 +148,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        return 1
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency on white, 16-bit grey by its high byte (as Pillow does for
-    16-bit RGB)."""
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint16) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ImageError(f"mode {image.mode} has no known range; convert the image to 8 bit")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, coloured).convert("RGB")
+    if image.mode not in ("RGB", "L"):
+        raise ImageError(f"mode {image.mode} is not what the builder stores")
     return image.convert("RGB")

@@ -5,23 +5,26 @@ never the result. Threads, not processes: reading, decoding, resizing and CRC, m
 happen outside the interpreter lock, and tiles need not be copied between processes.
 """
 
-import json
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
+from data_shards.balance import PackCost, share
 from data_shards.batch import PackedBatch
 from data_shards.chat import ChatTokenizer, Encoded
 from data_shards.collate import BadPicture, LoadedSample, collate
 from data_shards.manifest import Manifest
 from data_shards.plan import Plan
 from data_shards.reader import BadSample, DescriptorCache, ShardReader
-from data_shards.sample import SampleError, record_messages
+from data_shards.records import RecordEncoder
 from models.anyres import AnyresGeometry
+
+DEFAULT_COST = PackCost()
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +53,14 @@ class Loader:
         manifests: data sets by name; at least those of the plan.
         tokenizer, geometry: must be those that the shards were built with.
         micro_batch_size: packs of one micro-batch.
+        cost: what packs cost, by which `balance.share` levels replicas and micro-batches.
         need_images: False on ranks without the vision tower: `tiles_NCHW` is then one black tile,
             everything else is the same.
         workers: prefetching threads of `batches`; 0 loads in line.
         max_masked: most samples that may be masked.
+        tile_share: (rank, ranks) of the context-parallel ranks, which share a micro-batch's tiles:
+            a picture without a tile in this rank's share is not decoded and stays black; the
+            model never looks there (`models.tile_sharing`).
     """
 
     def __init__(
@@ -64,18 +71,15 @@ class Loader:
         geometry: AnyresGeometry,
         *,
         micro_batch_size: int = 1,
+        cost: PackCost = DEFAULT_COST,
         dp_rank: int = 0,
         dp_size: int = 1,
         need_images: bool = True,
+        tile_share: tuple[int, int] = (0, 1),
         workers: int = 1,
         max_masked: int = 100,
         max_open_files: int = 64,
     ):
-        if plan.packs_per_step % (dp_size * micro_batch_size):
-            raise LoaderError(
-                f"stage.global_batch_size={plan.packs_per_step} is not a multiple of "
-                f"stage.micro_batch_size={micro_batch_size} times {dp_size} data-parallel replicas"
-            )
         self._plan, self._tokenizer, self._geometry = plan, tokenizer, geometry
         self._manifests = [manifests[name] for name in plan.names]
         tokenizer_digest, geometry_digest = tokenizer.digest(), geometry.digest()
@@ -84,12 +88,15 @@ class Loader:
             manifest.check_shards()
         self._descriptors = DescriptorCache(max_open_files)
         self._readers = [ShardReader(m, self._descriptors) for m in self._manifests]
-        self._micro_batch_size = micro_batch_size
+        self._encoders = [RecordEncoder(m, tokenizer, geometry) for m in self._manifests]
+        self._micro_batch_size, self._cost = micro_batch_size, cost
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._need_images = need_images
+        self._need_images, self._tile_share = need_images, tile_share
         self._workers = workers
         self._max_masked = max_masked
         self._masked: dict[tuple[int, int], str] = {}
+        if plan.steps:
+            self._micro_batches(0)  # raises where replicas do not divide the global batch
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -98,8 +105,13 @@ class Loader:
 
     @property
     def n_masked(self) -> int:
-        """Different samples masked so far."""
+        """Different samples masked so far, by this loader."""
         return len(self._masked)
+
+    @property
+    def masked(self) -> Mapping[tuple[int, int], str]:
+        """(data set number, manifest row) of each of them -> shard, sample and cause."""
+        return MappingProxyType(self._masked)
 
     def step(self, step: int) -> list[PackedBatch]:
         """This replica's micro-batches of one step, loaded now, in the calling thread.
@@ -148,15 +160,18 @@ class Loader:
                 yield step, self._deliver(taken())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            self.close()
 
     def close(self) -> None:
-        """Close the shard files."""
+        """Close the shard files; they are opened again when needed."""
         self._descriptors.close()
 
     def _micro_batches(self, step: int) -> list[list[np.ndarray]]:
-        packs = self._plan.packs(step, self._dp_rank, self._dp_size)
-        size = self._micro_batch_size
-        return [packs[first : first + size] for first in range(0, len(packs), size)]
+        """The packs of each micro-batch of this replica."""
+        numbers = share(
+            self._plan, step, self._dp_rank, self._dp_size, self._micro_batch_size, self._cost
+        )
+        return [[self._plan.pack(number) for number in part] for part in numbers]
 
     def _deliver(self, loaded: Iterator[_MicroBatch]) -> list[PackedBatch]:
         """Count and log masked samples in the order of the plan, whoever loaded them first."""
@@ -169,15 +184,14 @@ class Loader:
                 logger.warning("masked sample: %s", reason)
                 if len(self._masked) > self._max_masked:
                     raise LoaderError(
-                        f"more than {self._max_masked} samples had bad bytes, the last: {reason}"
+                        f"more than data.max_masked={self._max_masked} samples had bad bytes, the "
+                        f"last: {reason}; python -m data_shards.validate names them all"
                     )
             batches.append(micro_batch.batch)
         return batches
 
     def _load(self, packs: Sequence[np.ndarray]) -> _MicroBatch:
-        samples = [
-            [self._sample(int(which), int(row)) for which, row in pack.tolist()] for pack in packs
-        ]
+        samples = [[self._sample(which, row) for which, row in pack.tolist()] for pack in packs]
         try:
             batch = collate(
                 samples,
@@ -186,6 +200,7 @@ class Loader:
                 document_multiple=self._plan.document_multiple,
                 pad_id=self._tokenizer.pad_id,
                 need_images=self._need_images,
+                tile_share=self._tile_share,
             )
         except BadPicture as error:
             which, row = error.sample_id
@@ -211,31 +226,24 @@ class Loader:
             blank = tuple(_blank(length, self._tokenizer.pad_id) for length in lengths)
             return LoadedSample((which, row), blank, image_hw, None, str(error))
         try:
-            documents = self._encode(record, image_hw, manifest.info.preference)
+            documents = self._encoders[which].encode(row, record)
         except ValueError as error:
             raise LoaderError(self._mismatch(manifest, row, str(error))) from None
-        if [len(document.ids) for document in documents] != lengths:
-            found = ", ".join(str(len(document.ids)) for document in documents)
-            raise LoaderError(self._mismatch(manifest, row, f"{found} tokens, not {lengths}"))
+        except Exception as error:
+            error.add_note(f"while loading {self._name(manifest, row)}")
+            raise
         return LoadedSample((which, row), documents, image_hw, tuple(image_bytes))
 
-    def _encode(
-        self, record: bytes, image_hw: Sequence[tuple[int, int]], preference: bool
-    ) -> tuple[Encoded, ...]:
-        messages, chosen, rejected = record_messages(json.loads(record))
-        image_tokens = [self._geometry.n_tokens(*size) for size in image_hw]
-        if not preference:
-            return (self._tokenizer.encode(messages, image_tokens),)
-        if chosen is None or rejected is None:
-            raise SampleError("no chosen and rejected answers")
-        return self._tokenizer.encode_preference(messages, chosen, rejected, image_tokens)
-
     def _mismatch(self, manifest: Manifest, row: int, cause: str) -> str:
-        shard = manifest.info.shards[manifest.shard[row]].name
         return (
-            f"{manifest.shards_directory / shard}: sample {manifest.key(row)} (row {row}): "
-            f"{cause}; its bytes are whole, so another version built it: build the shards again"
+            f"{self._name(manifest, row)}: {cause}; its bytes are whole, so another version built "
+            "it, or the index is damaged: python -m data_shards.validate tells, make shards builds "
+            "again"
         )
+
+    def _name(self, manifest: Manifest, row: int) -> str:
+        shard = manifest.info.shards[manifest.shard[row]].name
+        return f"{manifest.shards_directory / shard}: sample {manifest.key(row)} (row {row})"
 
 
 def _blank(length: int, pad_id: int) -> Encoded:

@@ -1,16 +1,23 @@
-"""The index of one data set: a Parquet file with one row per sample, and facts about the whole.
+"""The manifest of one data set: what every sample needs, without opening a shard.
 
-Columns (one row per sample): key, shard (number), json_{offset,size,crc32,sha256}, tokens,
-target_tokens, tokens_rejected, target_tokens_rejected (0 unless a preference pair), tiles, variety,
-source, licence, and images: a list of {offset, size, crc32, sha256, width, height, tiles}.
-Offsets and sizes are bytes inside the shard; width and height are pixels. Facts about the whole
-stand in the schema metadata as JSON under "amalia_vl".
+    NAME/manifest.parquet   one row per sample, for people and tools (columns: manifest_facts.py)
+    NAME/index/             the same numbers as flat columns that are mapped into memory
+
+Opening costs the same for a thousand samples as for a hundred million. How damage is found:
+
+- a file is missing, cut short, of another size, shape or type, or index.json was changed:
+  `read_manifest`, always;
+- a value of a column was changed: `verify_index`, when a plan is made (SHA-256 of every column);
+- a column was changed after planning: when the sample is read, by the CRC-32 of every member, the
+  token counts and the image sizes;
+- index and digests were forged together: `verify_manifest`, which compares them with the Parquet
+  file. The manifest's digest is then another, so a run that began before refuses to go on.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +26,54 @@ import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.durable import replacing
-from data_shards.writer import ShardInfo
-
-FORMAT = 1
-FILE_NAME = "manifest.parquet"
-REMEDY = "restore it or build the data set again (make shards)"
-_METADATA_KEY = b"amalia_vl"
-
-_IMAGE = pa.struct(
-    [
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("crc32", pa.uint32()),
-        ("sha256", pa.binary(32)),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("tiles", pa.int32()),
-    ]
+from data_shards.manifest_facts import (
+    FILE_NAME,
+    FORMAT,
+    METADATA_KEY,
+    REMEDY,
+    SCHEMA,
+    ManifestError,
+    ManifestInfo,
+    RowDigests,
+    content_digest,
 )
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.int32()),
-        ("json_offset", pa.int64()),
-        ("json_size", pa.int64()),
-        ("json_crc32", pa.uint32()),
-        ("json_sha256", pa.binary(32)),
-        ("images", pa.list_(_IMAGE)),
-        ("tokens", pa.int32()),
-        ("target_tokens", pa.int32()),
-        ("tokens_rejected", pa.int32()),
-        ("target_tokens_rejected", pa.int32()),
-        ("tiles", pa.int32()),
-        ("variety", pa.string()),
-        ("source", pa.string()),
-        ("licence", pa.string()),
-    ]
+from data_shards.manifest_index import (
+    COLUMNS,
+    DIRECTORY,
+    INDEX_FILE,
+    DamagedIndex,
+    batch_columns,
+    check_rows,
+    column_digest,
+    map_columns,
+    read_sealed,
+    release,
 )
+from data_shards.manifest_writer import ManifestWriter, rows_to_table, write_manifest
 
-
-class ManifestError(ValueError):
-    """A manifest that cannot be used; the message names the file, the cause and the remedy."""
-
-
-@dataclass(frozen=True)
-class ManifestInfo:
-    """Facts about the whole data set."""
-
-    name: str
-    preference: bool
-    tokenizer_digest: str
-    geometry_digest: str
-    pillow: str  # version; resizing changed between 12 and 13, for instance
-    shards: tuple[ShardInfo, ...]
-    inputs_digest: str  # of all that the build read; decides whether to build again
-    quarantined: int  # samples refused by the build
-    varieties: Mapping[str, int] = field(default_factory=dict)  # label -> samples
-    digest: str = ""  # SHA-256 of the rows and the facts that decide batches
-    format: int = FORMAT
+__all__ = [
+    "FILE_NAME",
+    "FORMAT",
+    "REMEDY",
+    "SCHEMA",
+    "Manifest",
+    "ManifestError",
+    "ManifestInfo",
+    "ManifestWriter",
+    "read_manifest",
+    "rows_to_table",
+    "verify_manifest",
+    "write_manifest",
+]
+_BATCH = 1 << 16  # Parquet rows looked at together
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest in memory; n samples, m images in all."""
+    """An opened manifest; n samples, m images in all. Arrays are mapped files, read-only."""
 
     path: Path
     info: ManifestInfo
-    table: pa.Table
     shard: np.ndarray  # int32 [n]
     json_span: np.ndarray  # int64 [n, 2]: offset, size
     json_crc32: np.ndarray  # uint32 [n]
@@ -99,6 +86,8 @@ class Manifest:
     tokens_rejected: np.ndarray  # int32 [n], 0 unless a pair
     target_tokens: np.ndarray  # int32 [n], both answers of a pair
     tiles: np.ndarray  # int32 [n]
+    first_key_byte: np.ndarray  # int64 [n + 1]
+    key_bytes: np.ndarray  # uint8
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -106,19 +95,59 @@ class Manifest:
     @property
     def shards_directory(self) -> Path:
         """Where the tar files are."""
-        return self.path.parent / "shards"
+        return self.path.parent / self.info.shards_root
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The labels of all samples (key, variety, language, source, licence), from the Parquet
+        file: large, for tools and tests."""
+        return self.read(["key", "variety", "language", "source", "licence"])
 
     def key(self, row: int) -> str:
         """Key of one sample."""
-        return str(self.table["key"][row].as_py())
+        begin, end = self.first_key_byte[row : row + 2]
+        return bytes(self.key_bytes[begin:end]).decode("utf-8", "replace")
+
+    def read(self, columns: list[str], first: int = 0, stop: int | None = None) -> pa.Table:
+        """Columns of rows `first` to `stop` from the Parquet file; other row groups stay unread.
+
+        Raises:
+            ManifestError: they cannot be read.
+        """
+        stop = len(self) if stop is None else stop
+        parts, begin = [], 0
+        try:
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
+                schema = file.schema_arrow.remove_metadata()
+                if not schema.equals(SCHEMA):
+                    raise ManifestError(f"{self.path} does not have a manifest's columns; {REMEDY}")
+                for group in range(file.num_row_groups):
+                    end = begin + file.metadata.row_group(group).num_rows
+                    if begin < stop and end > first:
+                        rows = file.read_row_group(group, columns=columns)
+                        low, high = max(first - begin, 0), min(stop, end) - begin
+                        parts.append(rows.slice(low, high - low))
+                    begin = end
+        except (pa.ArrowException, OSError) as error:
+            raise ManifestError(_unreadable(self.path, error)) from None
+        if begin != len(self):
+            raise ManifestError(f"{self.path} has {begin} rows, its index {len(self)}; {REMEDY}")
+        if not parts:
+            return SCHEMA.empty_table().select(columns)
+        return pa.concat_tables(parts).replace_schema_metadata(None)
+
+    def release(self) -> None:
+        """Let go of the memory of all columns; they are read again where they are asked for."""
+        release(getattr(self, name) for name in COLUMNS)
 
     def check_shards(self) -> None:
         """ManifestError unless every shard is there with its size (contents: CRC on reading)."""
         for shard in self.info.shards:
             path = self.shards_directory / shard.name
-            if not path.exists():
-                raise ManifestError(f"{path} is missing; {REMEDY}")
-            size = path.stat().st_size
+            try:
+                size = path.stat().st_size
+            except OSError:
+                raise ManifestError(f"{path} is missing; {REMEDY}") from None
             if size != shard.size:
                 raise ManifestError(
                     f"{path} has {size} bytes, its manifest says {shard.size}; {REMEDY}"
@@ -148,175 +177,123 @@ class Manifest:
                     f"{remedy}, or build the shards again (make shards)"
                 )
 
+    def verify_index(self) -> None:
+        """Read every column: its SHA-256 is the recorded one, and every row can be.
 
-def write_manifest(path: Path, rows: pa.Table, info: ManifestInfo) -> ManifestInfo:
-    """Write `rows` (of `SCHEMA`) atomically; returns `info` with its digest filled in."""
-    rows = rows.cast(SCHEMA).combine_chunks()
-    info = ManifestInfo(**{**_fields(info), "digest": content_digest(rows, info)})
-    metadata = {_METADATA_KEY: json.dumps(asdict(info), sort_keys=True).encode()}
-    with replacing(path) as file:
-        pq.write_table(
-            rows.replace_schema_metadata(metadata),
-            file,
-            compression="zstd",
-            write_page_checksum=True,
-        )
-    return info
-
-
-def content_digest(rows: pa.Table, info: ManifestInfo) -> str:
-    """SHA-256 over the rows and over what decides batches; not over how Parquet stored them."""
-    digest = hashlib.sha256()
-    facts = [info.format, info.name, info.preference, info.tokenizer_digest, info.geometry_digest]
-    facts += [info.pillow, *(asdict(shard) for shard in info.shards)]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for name in rows.column_names:
-        column = rows[name].combine_chunks()
-        _update(digest, column.chunk(0) if isinstance(column, pa.ChunkedArray) else column)
-    return digest.hexdigest()
+        Raises:
+            ManifestError: naming the file, or the row and what is wrong with it.
+        """
+        sealed = _read_index(self.path)
+        for name in COLUMNS:
+            path = self.path.parent / DIRECTORY / f"{name}.npy"
+            if column_digest(path) != sealed["columns"][name]["sha256"]:
+                raise ManifestError(
+                    f"{path} does not match its digest, so it was changed; {REMEDY}"
+                )
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        sizes = np.array([shard.size for shard in self.info.shards], np.int64)
+        for row, cause in check_rows(columns, sizes, self.info.preference):
+            raise ManifestError(f"{self.path}: row {row} ({self.key(row)}) {cause}; {REMEDY}")
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest.
+    """Open a manifest; in milliseconds, whatever its size.
 
     Raises:
-        ManifestError: the file is missing or damaged, its digest differs, or a row points outside
-            its shard; names the file, the row and the cause.
+        ManifestError: a file is missing, of another size or shape, or of another format, or the
+            facts were changed; names the file and the cause. Values: `verify_index`.
     """
-    if not path.exists():
-        raise ManifestError(f"{path} does not exist; build the data set first (make shards)")
+    sealed = _read_index(path)
+    info: ManifestInfo = sealed["info"]
     try:
-        table = pq.read_table(path, page_checksum_verification=True, memory_map=False)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ManifestError(f"{path} is not a readable Parquet file ({reason}); {REMEDY}") from None
-    info = _read_info(path, table)
-    if not table.schema.remove_metadata().equals(SCHEMA):
-        raise ManifestError(f"{path} does not have a manifest's columns; {REMEDY}")
-    table = table.replace_schema_metadata(None).combine_chunks()
-    if content_digest(table, info) != info.digest:
+        columns = map_columns(path.parent / DIRECTORY, sealed["columns"])
+    except (DamagedIndex, KeyError, TypeError, ValueError) as error:
+        raise ManifestError(f"{error}; {REMEDY}") from None
+    if len(columns["tokens"]) != sealed["samples"] or not sealed["samples"]:
+        raise ManifestError(f"{path} lists another number of samples than its index; {REMEDY}")
+    return Manifest(path=path, info=info, **columns)
+
+
+def verify_manifest(path: Path) -> Manifest:
+    """Read a manifest in full: Parquet file and index are whole, agree, and can be.
+
+    Raises:
+        ManifestError: naming the file, the row or column, and the cause.
+    """
+    manifest = read_manifest(path)
+    manifest.verify_index()
+    digests, sealed = RowDigests(), _read_index(path)
+    place = dict.fromkeys(COLUMNS, 0)
+    for batch in _parquet_batches(path, manifest.info):
+        digests.update(pa.Table.from_batches([batch]))
+        for name, values in batch_columns(batch).items():
+            first = place[name]
+            stored = getattr(manifest, name)
+            if name in ("first_image", "first_key_byte"):
+                stored = np.diff(stored[first : first + len(values) + 1])
+            else:
+                stored = stored[first : first + len(values)]
+            if not np.array_equal(stored, values):
+                raise ManifestError(f"{path}: its index has other {name}; {REMEDY}")
+            place[name] += len(values)
+    if place["tokens"] != len(manifest) or digests.hexdigests() != sealed["rows"]:
         raise ManifestError(f"{path} does not match its own digest, so it was changed; {REMEDY}")
-    manifest = _columns(path, info, table)
-    _check_rows(manifest)
     return manifest
 
 
-def _fields(info: ManifestInfo) -> dict[str, Any]:
-    return {name: getattr(info, name) for name in info.__dataclass_fields__}
-
-
-def _update(digest: Any, array: pa.Array) -> None:
-    """Feed an array's values (no nulls here), independent of slicing and of buffer padding."""
-    if pa.types.is_list(array.type):
-        digest.update(np.asarray(array.value_lengths()).astype("<i8").tobytes())
-        array = array.flatten()
-        for index in range(array.type.num_fields):
-            _update(digest, array.field(index))
-    elif pa.types.is_string(array.type):
-        _, offsets, data = array.buffers()
-        ends = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1]
-        digest.update(np.diff(ends).astype("<i8").tobytes())
-        if data is not None:
-            digest.update(memoryview(data)[ends[0] : ends[-1]])
-    elif pa.types.is_fixed_size_binary(array.type):
-        width, data = array.type.byte_width, array.buffers()[1]
-        if data is not None:
-            digest.update(memoryview(data)[array.offset * width :][: len(array) * width])
-    else:
-        digest.update(np.asarray(array).astype("<i8").tobytes())
-
-
-def _read_info(path: Path, table: pa.Table) -> ManifestInfo:
-    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
-    if raw is None:
-        raise ManifestError(f"{path} is a Parquet file but not a manifest; {REMEDY}")
+def _parquet_batches(path: Path, info: ManifestInfo) -> Iterator[pa.RecordBatch]:
     try:
-        values = json.loads(raw)
-        if values.get("format") != FORMAT:
-            raise ManifestError(
-                f"{path} has manifest format {values.get('format')}, this version reads {FORMAT}; "
-                "build the data set again (make shards)"
-            )
-        values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
-        return ManifestInfo(**values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            if not schema.remove_metadata().equals(SCHEMA):
+                raise ManifestError(f"{path} does not have a manifest's columns; {REMEDY}")
+            facts = json.loads((file.metadata.metadata or {}).get(METADATA_KEY, b"null"))
+            if facts != json.loads(json.dumps(info.to_json())):
+                raise ManifestError(f"{path} and its index differ in their facts; {REMEDY}")
+            for batch in file.iter_batches(_BATCH):
+                if any(column.null_count for column in batch.columns):
+                    raise ManifestError(f"{path} has empty cells; {REMEDY}")
+                yield batch
+    except (pa.ArrowException, OSError, RecursionError) as error:
+        raise ManifestError(_unreadable(path, error)) from None
+    except ValueError as error:
         if isinstance(error, ManifestError):
             raise
-        raise ManifestError(f"{path} has damaged metadata ({error}); {REMEDY}") from None
+        raise ManifestError(_unreadable(path, error)) from None
 
 
-def _columns(path: Path, info: ManifestInfo, table: pa.Table) -> Manifest:
-    if table.num_rows == 0:
-        raise ManifestError(f"{path} lists no sample; {REMEDY}")
-    if any(column.null_count for column in table.columns):
-        raise ManifestError(f"{path} has empty cells; {REMEDY}")
-
-    def numbers(name: str) -> np.ndarray:
-        return table[name].to_numpy()
-
-    images = table["images"].combine_chunks()
-    images = images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
-    flat = images.flatten()
-
-    def of_images(name: str) -> np.ndarray:
-        return flat.field(name).to_numpy(zero_copy_only=False)
-
-    lengths = np.asarray(images.value_lengths()).astype(np.int64)
-    return Manifest(
-        path=path,
-        info=info,
-        table=table.select(["key", "variety", "source", "licence"]),
-        shard=numbers("shard"),
-        json_span=np.stack([numbers("json_offset"), numbers("json_size")], axis=1),
-        json_crc32=numbers("json_crc32"),
-        first_image=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        image_span=np.stack([of_images("offset"), of_images("size")], axis=1),
-        image_crc32=of_images("crc32"),
-        image_hw=np.stack([of_images("height"), of_images("width")], axis=1),
-        image_tiles=of_images("tiles"),
-        tokens=numbers("tokens"),
-        tokens_rejected=numbers("tokens_rejected"),
-        target_tokens=numbers("target_tokens") + numbers("target_tokens_rejected"),
-        tiles=numbers("tiles"),
-    )
+def _read_index(path: Path) -> Mapping[str, Any]:
+    """index.json, with its facts as `ManifestInfo`."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise ManifestError(
+            f"{path} does not exist; build the data set first (make shards)"
+        ) from None
+    index = path.parent / DIRECTORY / INDEX_FILE
+    if not index.exists():
+        raise ManifestError(
+            f"{path} has no {DIRECTORY}/{INDEX_FILE}: the manifest is not of "
+            f"format {FORMAT}, which this version reads; build the data set again (make shards)"
+        )
+    try:
+        sealed = read_sealed(index)
+        info = ManifestInfo.from_json(sealed["info"])
+        digest = content_digest(info, sealed["rows"], sealed["columns"])
+        if sealed["parquet_size"] != size:
+            raise ManifestError(
+                f"{path} has {size} bytes, its index says {sealed['parquet_size']}; {REMEDY}"
+            )
+    except ManifestError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        cause = str(error) if isinstance(error, DamagedIndex) else f"{index} is damaged ({error})"
+        raise ManifestError(f"{cause}; {REMEDY}") from None
+    if digest != info.digest:
+        raise ManifestError(f"{index} does not match its own digest, so it was changed; {REMEDY}")
+    return {**sealed, "info": info}
 
 
-def _check_rows(manifest: Manifest) -> None:
-    """The digest guards against damage; this guards against a manifest that was written wrong."""
-    sizes = np.array([shard.size for shard in manifest.info.shards], np.int64)
-    inside = (manifest.shard >= 0) & (manifest.shard < len(sizes))
-    _require(manifest, inside, "names a shard that the manifest does not list")
-    limit = sizes[manifest.shard]
-    span = manifest.json_span
-    _require(
-        manifest,
-        (span[:, 0] >= 0) & (span[:, 1] > 0) & (span.sum(axis=1) <= limit),
-        "has a JSON member outside its shard",
-    )
-    counts = np.diff(manifest.first_image)
-    owner = np.repeat(np.arange(len(manifest)), counts)
-    span = manifest.image_span
-    good = (span[:, 0] >= 0) & (span[:, 1] > 0) & (span.sum(axis=1) <= limit[owner])
-    good &= (manifest.image_hw > 0).all(axis=1) & (manifest.image_tiles > 0)
-    _require(manifest, _all_of(good, owner, len(manifest)), "has an image outside its shard")
-    pair = manifest.tokens_rejected > 0
-    _require(manifest, pair == manifest.info.preference, "is a pair among samples, or the reverse")
-    _require(
-        manifest, (manifest.tokens > 0) & (manifest.target_tokens > 0), "has no token to train on"
-    )
-
-
-def _all_of(good: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:
-    return np.bincount(owner[~good], minlength=n) == 0
-
-
-def _require(manifest: Manifest, good: np.ndarray, cause: str) -> None:
-    bad = np.flatnonzero(~good)
-    if len(bad):
-        row = int(bad[0])
-        raise ManifestError(f"{manifest.path}: row {row} ({manifest.key(row)}) {cause}; {REMEDY}")
-
-
-def rows_to_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Row dictionaries as a table of `SCHEMA`."""
-    return pa.Table.from_pylist(list(rows), schema=SCHEMA)
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"{path} is not a readable Parquet file ({reason}); {REMEDY}"

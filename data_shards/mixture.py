@@ -1,6 +1,7 @@
 """Which sample comes next: sources mixed by weight, each a sequence of reshuffled epochs.
 
-Pure integer arithmetic on the seed: no state, no generator shared between sources.
+Pure integer arithmetic on the seed: no state, no generator shared between sources. Memory is that
+of a few shards' row numbers, however large the sources are.
 """
 
 import hashlib
@@ -17,11 +18,37 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class MixSource:
-    """One source of a mixture."""
+    """One source of a mixture.
+
+    Attributes:
+        bounds: int64 [shards + 1]; the rows of shard s are bounds[s] to bounds[s + 1].
+        refused: int64, in order; rows that are never drawn.
+    """
 
     name: str
-    rows: np.ndarray  # int64, the manifest rows that may be drawn
-    weight: float  # share of the draws, in proportion to the other weights
+    bounds: np.ndarray
+    refused: np.ndarray
+
+    def __len__(self) -> int:
+        """Rows that may be drawn."""
+        return int(self.bounds[-1]) - len(self.refused)
+
+    def rows(self, shards: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64, the rows of these shards that may be drawn."""
+        parts = [np.arange(self.bounds[s], self.bounds[s + 1], dtype=np.int64) for s in shards]
+        rows = np.concatenate([*parts, np.empty(0, np.int64)])
+        if not len(self.refused):
+            return rows
+        place = np.minimum(np.searchsorted(self.refused, rows), len(self.refused) - 1)
+        return rows[self.refused[place] != rows]
+
+
+@dataclass(frozen=True)
+class MixPhase:
+    """A part of the draws with shares of its own."""
+
+    shares: tuple[float, ...]  # of each source, by draws, in proportion to the others
+    until: int | None  # draws, counted from the start of all; None: to the end
 
 
 def philox(seed: int, *labels: str | int) -> np.random.Generator:
@@ -31,38 +58,43 @@ def philox(seed: int, *labels: str | int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def draws(sources: Sequence[MixSource], seed: int) -> Iterator[np.ndarray]:
-    """Endless draws, in chunks of int64 [n, 2]: (source number, manifest row).
+def draws(
+    sources: Sequence[MixSource], phases: Sequence[MixPhase], seed: int, shuffle_shards: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Endless draws, in chunks: (phase number, int64 [n, 2] of source number and manifest row).
 
-    The k-th draw of a source is element k mod n of its (k div n)-th permutation.
+    A source goes through its epochs as `Epochs` says, whatever the shares.
     """
-    weights = np.array([source.weight for source in sources], np.float64)
-    # Upper ends of each source's share of the 64-bit circle; the last end is the circle's.
-    shares = np.cumsum(weights / weights.sum())[:-1]
-    ends = np.minimum(shares * 2.0**64, 2.0**64 - 2048).astype(np.uint64)
     start = philox(seed, "mixture").integers(0, 2**64, dtype=np.uint64)
-    epochs = [_Epochs(source, seed) for source in sources]
+    epochs = [Epochs(source, seed, shuffle_shards) for source in sources]
     position, size = 0, _FIRST_CHUNK
-    while True:
-        index = np.arange(position, position + size, dtype=np.uint64)
-        points = start + index * _GOLDEN  # modulo 2^64
-        number = np.searchsorted(ends, points, side="right")
-        chunk = np.empty((size, 2), np.int64)
-        chunk[:, 0] = number
-        for which, source in enumerate(epochs):
-            mine = np.flatnonzero(number == which)
-            chunk[mine, 1] = source.take(len(mine))
-        yield chunk
-        position, size = position + size, min(2 * size, _LARGEST_CHUNK)
+    for number, phase in enumerate(phases):
+        weights = np.array(phase.shares, np.float64)
+        drawn = np.flatnonzero(weights > 0)
+        # Upper ends of each share of the 64-bit circle; the last end is the circle's.
+        shares = np.cumsum(weights[drawn] / weights.sum())[:-1]
+        ends = np.minimum(shares * 2.0**64, 2.0**64 - 2048).astype(np.uint64)
+        while phase.until is None or position < phase.until:
+            left = size if phase.until is None else min(size, phase.until - position)
+            index = np.arange(position, position + left, dtype=np.uint64)
+            points = start + index * _GOLDEN  # modulo 2^64
+            chunk = np.empty((left, 2), np.int64)
+            chunk[:, 0] = drawn[np.searchsorted(ends, points, side="right")]
+            for which in drawn.tolist():
+                mine = np.flatnonzero(chunk[:, 0] == which)
+                chunk[mine, 1] = epochs[which].take(len(mine))
+            yield number, chunk
+            position, size = position + left, min(2 * size, _LARGEST_CHUNK)
 
 
-def every_sample(sources: Sequence[MixSource]) -> np.ndarray:
-    """Every row of every source once, in order: int64 [n, 2] as in `draws`."""
-    parts = [
-        np.stack([np.full(len(source.rows), which, np.int64), source.rows], axis=1)
-        for which, source in enumerate(sources)
-    ]
-    return np.concatenate(parts)
+def every_sample(sources: Sequence[MixSource]) -> Iterator[np.ndarray]:
+    """Every row of every source once, in order, in chunks of int64 [n, 2] as in `draws`."""
+    for which, source in enumerate(sources):
+        for shard in range(len(source.bounds) - 1):
+            rows = source.rows([shard])
+            for first in range(0, len(rows), _LARGEST_CHUNK):
+                part = rows[first : first + _LARGEST_CHUNK]
+                yield np.stack([np.full(len(part), which, np.int64), part], axis=1)
 
 
 def positive(weights: Mapping[str, float]) -> dict[str, float]:
@@ -70,23 +102,38 @@ def positive(weights: Mapping[str, float]) -> dict[str, float]:
     return {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
 
 
-class _Epochs:
-    """The rows of one source, epoch after epoch, each in its own order."""
+class Epochs:
+    """The rows of one source, epoch after epoch, each in an order of its own.
 
-    def __init__(self, source: MixSource, seed: int):
-        self._source, self._seed = source, seed
+    An epoch shuffles the shards, then takes `shuffle_shards` of them at a time and shuffles their
+    samples together. So files are read a few at a time, each once an epoch, and neighbours in a
+    shard end up a whole window apart; a sample's window changes with every epoch.
+    """
+
+    def __init__(self, source: MixSource, seed: int, shuffle_shards: int):
+        assert len(source) > 0
+        self._source, self._seed, self._together = source, seed, shuffle_shards
         self._epoch = -1
+        self._generator = philox(0)
+        self._shards = np.empty(0, np.int64)  # of this epoch, not yet begun
         self._left = np.empty(0, np.int64)
 
     def take(self, count: int) -> np.ndarray:
         """The next `count` rows, int64."""
         parts = [np.empty(0, np.int64)]
         while count > 0:
-            if not len(self._left):
-                self._epoch += 1
-                generator = philox(self._seed, self._source.name, self._epoch)
-                self._left = self._source.rows[generator.permutation(len(self._source.rows))]
+            while not len(self._left):
+                self._next_window()
             parts.append(self._left[:count])
             self._left = self._left[count:]
             count -= len(parts[-1])
         return np.concatenate(parts)
+
+    def _next_window(self) -> None:
+        if not len(self._shards):
+            self._epoch += 1
+            self._generator = philox(self._seed, self._source.name, self._epoch)
+            self._shards = self._generator.permutation(len(self._source.bounds) - 1)
+        window, self._shards = self._shards[: self._together], self._shards[self._together :]
+        rows = self._source.rows(window)
+        self._left = rows[self._generator.permutation(len(rows))]

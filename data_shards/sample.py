@@ -19,7 +19,16 @@ ROLES = ("system", "user", "assistant")
 # text may contain, so it is refused in input.
 DEFUSE = "\ufdd0"
 
+MAX_MESSAGES = 1024  # rendering a conversation takes time with the square of its turns
+MAX_CHARACTERS = 1 << 20  # of one text
+# Composing marks takes time with the square of those in a row; texts have a handful (30 is the
+# limit of UAX #15's Stream-Safe Text Format).
+MAX_MARKS = 30
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_MANY_ODD = re.compile(f"[^\x00-\x7f]{{{MAX_MARKS + 1},}}")
+# Blank, but not spaces to Unicode: Braille without dots, and the fillers of Hangul.
+_BLANK = "\u2800\u115f\u1160\u3164\uffa0"
 
 
 class SampleError(ValueError):
@@ -84,7 +93,10 @@ def parse_sample(
     Raises:
         SampleError: whatever is wrong with it, in words for the quarantine file.
     """
-    messages = tuple(_message(m, n) for n, m in enumerate(_list(row.get("messages"), "messages")))
+    given = _list(row.get("messages"), "messages")
+    if len(given) > MAX_MESSAGES:
+        raise SampleError(f"{len(given)} messages, more than {MAX_MESSAGES}")
+    messages = tuple(_message(m, n) for n, m in enumerate(given))
     _check_turns(messages, preference)
     marks = count_images(messages)
     if marks != len(images):
@@ -98,7 +110,7 @@ def parse_sample(
             _answer(row.get("chosen"), "chosen"),
             _answer(row.get("rejected"), "rejected"),
         )
-        if chosen == rejected:
+        if chosen.strip() == rejected.strip():
             raise SampleError("chosen and rejected are the same text")
     return Sample(key, messages, tuple(images), chosen, rejected, source, licence, origin)
 
@@ -150,7 +162,27 @@ def clean_text(value: Any, where: str) -> str:
         raise SampleError(f"{where} contains the noncharacter U+FDD0")
     if _SURROGATE.search(value):
         raise SampleError(f"{where} contains a lone surrogate")
+    if len(value) > MAX_CHARACTERS:
+        raise SampleError(f"{where} has {len(value)} characters, more than {MAX_CHARACTERS}")
+    for run in _MANY_ODD.findall(value):
+        marks = 0
+        for character in run:
+            marks = marks + 1 if unicodedata.combining(character) else 0
+            if marks > MAX_MARKS:
+                raise SampleError(f"{where} has over {MAX_MARKS} combining marks in a row")
     return unicodedata.normalize("NFC", value)
+
+
+def is_blank(text: str) -> bool:
+    """Whether nobody sees anything of it: spaces, controls, joiners and the like."""
+    if text.isascii():
+        return not any(character.isprintable() and character != " " for character in text)
+    return all(
+        character.isspace()
+        or character in _BLANK
+        or unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co")
+        for character in text
+    )
 
 
 def _list(value: Any, where: str) -> list[Any]:
@@ -165,7 +197,8 @@ def _message(message: Any, number: int) -> dict[str, Any]:
         raise SampleError(f"{where} is {type(message).__name__}, not a mapping")
     role = message.get("role")
     if role not in ROLES:
-        raise SampleError(f"{where} has role {role!r}, none of {', '.join(ROLES)}")
+        shown = repr(role[:40]) if isinstance(role, str) else type(role).__name__
+        raise SampleError(f"{where} has role {shown}, none of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, str):
         return {"role": role, "content": clean_text(content, where)}
@@ -200,7 +233,7 @@ def _answer(value: Any, where: str) -> str:
             raise SampleError(f"{where} has role {message['role']!r}, not assistant")
         value = text_of(message["content"])
     text = clean_text(value, where)
-    if not text.strip():
+    if is_blank(text):
         raise SampleError(f"{where} is empty")
     return text
 
@@ -213,9 +246,10 @@ def _check_turns(messages: Sequence[Mapping[str, Any]], preference: bool) -> Non
             raise SampleError(
                 f"roles do not alternate: turn {number} is {message['role']}, not {expected}"
             )
-        if expected == "assistant" and not text_of(message["content"]).strip():
+        blank = is_blank(text_of(message["content"]))
+        if expected == "assistant" and blank:
             raise SampleError(f"the answer of turn {number} is empty")
-        if expected == "user" and not message["content"]:
+        if expected == "user" and blank and not count_images([message]):
             raise SampleError(f"the question of turn {number} is empty")
     last = turns[-1]["role"] if turns else "nothing"
     wanted = "user" if preference else "assistant"

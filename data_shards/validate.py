@@ -2,26 +2,33 @@
 
     python -m data_shards.validate data=demo source=captions [shards=0..7] [report=FILE] [KEY=VALUE]
 
-Of each sample: tar headers, CRC-32 and SHA-256 of its members, the record, and the images, decoded
-as the loader decodes them. Between samples nothing but padding may lie, so a shard without a
-complaint is the one that was built, byte for byte. shards=K..L are numbers, both included; K.. goes
-to the end and reports shards that nobody lists. Exit code: 0 all good, 1 damage found (named in
-the report), 2 it could not be done.
+Of each sample: tar headers, CRC-32 and SHA-256 of its members, the record and its tokens, and the
+images, decoded as the loader decodes them. Between samples nothing but padding may lie, so a shard
+without a complaint is the one that was built, byte for byte (of archives left in place: see
+shard_check.py). shards=K..L are numbers, counted in the manifest's order from 0, both included;
+K.. goes to the end and reports shards that nobody lists. Whoever checks shard 0 checks the manifest
+and its index in full as well. Exit code: 0 all good, 1 damage found (named in the report), 2 it
+could not be done.
 """
 
 import json
 import re
 import sys
 import time
+from bisect import bisect
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conf.schema import Config
+from data_shards.chat import ChatTokenizer
 from data_shards.durable import replacing
-from data_shards.manifest import Manifest, read_manifest
-from data_shards.shard_check import Samples, check_shard
+from data_shards.manifest import Manifest, read_manifest, verify_manifest
+from data_shards.records import RecordEncoder
+from data_shards.shard_check import Checks, check_shard
+from models.anyres import AnyresGeometry
 
 FORMAT = 1
 GOOD, DAMAGED, IMPOSSIBLE = 0, 1, 2  # exit codes
@@ -29,23 +36,24 @@ MOST_LISTED = 1000  # bad samples that a report names; all are counted
 
 
 def validate(
-    manifest: Manifest, first: int, last: int | None, max_pixels: int, workers: int = 1
+    manifest: Manifest, first: int, last: int | None, checks: Checks, workers: int = 1
 ) -> dict[str, Any]:
     """Check shards `first` to `last` (included; None: all from there); the report for people.
 
     Raises:
-        ManifestError: the manifest cannot be read again.
+        ManifestError: the manifest cannot be read, or (looked at with shard 0) is not whole.
     """
     began = time.monotonic()
+    if first == 0:
+        verify_manifest(manifest.path)
     listed = [shard.name for shard in manifest.info.shards]
     stop = len(listed) if last is None else min(last + 1, len(listed))
-    samples = Samples(manifest)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        reports = list(pool.map(lambda n: check_shard(samples, n, max_pixels), range(first, stop)))
+        reports = list(pool.map(lambda n: check_shard(manifest, n, checks), range(first, stop)))
     shards = [{"shard": report.name, "cause": c} for report in reports for c in report.causes]
     shards += [
         {"shard": name, "cause": "the manifest does not list it"}
-        for name in _unlisted(manifest.shards_directory, set(listed), first, last)
+        for name in _unlisted(manifest, first, last)
     ]
     bad = [sample for report in reports for sample in report.bad]
     return {
@@ -64,13 +72,17 @@ def validate(
     }
 
 
-def _unlisted(folder: Path, listed: set[str], first: int, last: int | None) -> list[str]:
-    """Archives in the folder with a number of the range that the manifest does not name."""
+def _unlisted(manifest: Manifest, first: int, last: int | None) -> list[str]:
+    """Archives in the folder that the manifest does not name and that, by name, would come after
+    shard `first` - 1 and not after shard `last`. A folder of others may hold what it likes."""
+    if manifest.info.layout is not None:
+        return []
+    listed = [shard.name for shard in manifest.info.shards]
+    known = set(listed)
     found = []
-    for path in sorted(folder.glob("*.tar")):
-        number = re.search(r"-(\d+)\.tar$", path.name)
-        n = int(number[1]) if number else first
-        if path.name not in listed and n >= first and (last is None or n <= last):
+    for path in sorted(manifest.shards_directory.glob("*.tar")):
+        place = bisect(listed, path.name)  # names sort as numbers: NAME-BBBBB-NNNN.tar
+        if path.name not in known and place >= first and (last is None or place <= last):
             found.append(path.name)
     return found
 
@@ -104,6 +116,17 @@ def shard_range(text: str) -> tuple[int, int | None]:
     return first, last
 
 
+def _encoder(manifest: Manifest, config: Config) -> RecordEncoder | None:
+    """What counts tokens anew, if tokenizer and model are those of the data set."""
+    tokenizer = ChatTokenizer.from_directory(config.data.tokenizer)
+    geometry = AnyresGeometry.from_model(config.model)
+    info = manifest.info
+    if (tokenizer.digest(), geometry.digest()) == (info.tokenizer_digest, info.geometry_digest):
+        return RecordEncoder(manifest, tokenizer, geometry)
+    print(f"{info.name}: tokens are not counted, it was built for another tokenizer or model")
+    return None
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command; returns the exit code."""
     from conf.compose import compose  # Hydra is for commands only
@@ -123,13 +146,9 @@ def main(arguments: Sequence[str]) -> int:
             known = ", ".join(config.data.sources)
             raise ValueError(f"source={ours['source']}: data.sources has {known}")
         path = Path(config.data.root) / ours["source"] / "manifest.parquet"
-        report = validate(
-            read_manifest(path),
-            first,
-            last,
-            config.data.images.max_pixels,
-            config.data.build_workers,
-        )
+        manifest = read_manifest(path)
+        checks = Checks(config.data.images.max_pixels, _encoder(manifest, config))
+        report = validate(manifest, first, last, checks, config.data.build_workers)
         if ours["report"]:
             target = Path(ours["report"])
             target.parent.mkdir(parents=True, exist_ok=True)

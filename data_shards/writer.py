@@ -7,6 +7,7 @@ bytes. A shard appears under its name only when it is complete and on disk.
 import hashlib
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -66,21 +67,31 @@ class ShardWriter:
     """Writes one shard to `path`; `close` makes it appear. Use as a context manager: on an
     error nothing is left under the final name."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, writer: str = ""):
+        """`writer` names who writes, where several may write the same shard at once."""
         self._path = path
-        self._aside = path.with_name(f"{path.name}.tmp")
+        self._aside = path.with_name(f"{path.name}{writer}.tmp")
         self._file: BinaryIO = open(self._aside, "wb")
         self._digest = hashlib.sha256()
         self._samples = 0
         self.size = 0  # bytes written so far
 
-    def add(self, key: str, members: list[tuple[str, bytes]]) -> list[Member]:
-        """Append one sample: (extension, content) of each member, such as ("0.jpg", bytes)."""
+    def add(
+        self,
+        key: str,
+        members: Sequence[tuple[str, bytes]],
+        digests: Sequence[bytes] | None = None,
+    ) -> list[Member]:
+        """Append one sample: (extension, content) of each member, such as ("0.jpg", bytes).
+
+        `digests`: SHA-256 of each content, where the caller has just computed it.
+        """
+        if digests is None:
+            digests = [hashlib.sha256(content).digest() for _, content in members]
         written = []
-        for extension, content in members:
+        for (extension, content), sha256 in zip(members, digests, strict=True):
             self._write(tar_header(f"{key}.{extension}", len(content)))
-            crc32, sha256 = zlib.crc32(content), hashlib.sha256(content).digest()
-            written.append(Member(self.size, len(content), crc32, sha256))
+            written.append(Member(self.size, len(content), zlib.crc32(content), sha256))
             self._write(content)
             self._write(b"\0" * (-len(content) % BLOCK))
         self._samples += 1

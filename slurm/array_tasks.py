@@ -8,9 +8,8 @@ here asks Slurm.
 import glob
 import hashlib
 import json
-import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from slurm.files import write_text
 
 SHARDS_PER_ITEM = 8
 PARTS = 8  # of the reference pass: each part loads the weights once
+SHARE_BYTES, MOST_SHARES = 4 << 30, 64  # of a source's files that one item of shards examines
 LAST_STAGE = "stage3"
 PAIRS = "_pairs"  # FILE_pairs.parquet goes with FILE.parquet
 DAMAGE = 1  # exit code of data_shards.validate that is a result
@@ -55,7 +55,7 @@ class Asked:
 OPTIONS = {
     "only": ("shards", "validate"),
     "shards_per_item": ("validate",),
-    "parts": ("reference",),
+    "parts": ("shards", "reference"),
     "exports": ("evaluate",),
     "questions": ("evaluate",),
     "file": ("commands",),
@@ -74,15 +74,29 @@ class Task:
 
 
 def _shards(config: Config, asked: Asked, run: Path) -> list[Item]:
-    """An item a source: a build is one process with workers, and goes on where it was killed."""
-    items = []
-    for name in _sources(config, asked):
-        source = config.data.sources[name]
-        files = sorted(glob.glob(source.input, recursive=True))
-        words = ("data_shards.build", *asked.overrides, f"only=[{name}]")
+    """An item a share of a source's blocks: first those that examine them, then those that write.
+
+    One that writes waits for, and helps with, what must be examined before it; the last one of a
+    source publishes it.
+    """
+    names = _sources(config, asked)
+    examine, write = [], []
+    seen: list[Path] = []
+    for number, name in enumerate(names):
+        files = _source_files(config, name)
+        seen = [*seen, *files] if config.data.duplicates.across_sources else files
+        before = names[: number + 1] if config.data.duplicates.across_sources else [name]
         made = _exactly(Path(config.data.root) / name / "manifest.parquet")
-        items.append(Item(name, words, stamp([Path(file) for file in files]), result=made))
-    return items
+        parts = asked.number("parts", _parts_of(files))
+        for part in range(parts):
+            words = (f"source={name}", f"part={part}/{parts}")
+            label = f"{part:03d}-of-{parts}"
+            first = ("data_shards.build", *asked.overrides, f"only=[{name}]", "phase=examine")
+            examine.append(Item(f"{name}.examine.{label}", (*first, *words), stamp(files)))
+            only = f"only=[{','.join(before)}]"
+            second = ("data_shards.build", *asked.overrides, only, "phase=write", *words)
+            write.append(Item(f"{name}.write.{label}", second, stamp(seen), result=made))
+    return [*examine, *write]
 
 
 def _validate(config: Config, asked: Asked, run: Path) -> list[Item]:
@@ -95,7 +109,7 @@ def _validate(config: Config, asked: Asked, run: Path) -> list[Item]:
             if asked.names("only"):
                 raise ConfigError(f"{folder} does not exist; build the shards first (make shards)")
             continue
-        manifest, shards = folder / "manifest.parquet", _shard_files(folder / "shards")
+        manifest, shards = folder / "manifest.parquet", _shard_files(folder)
         firsts = range(0, max(len(shards), 1), size)
         for first in firsts:
             last = "" if first == firsts[-1] else str(first + size - 1)
@@ -123,7 +137,7 @@ def _reference(config: Config, asked: Asked, run: Path) -> list[Item]:
     if not done.exists():
         raise ConfigError(f"{done} does not exist: end the stage before {stage.name} first")
     manifests = [
-        Path(config.data.root) / name / "manifest.parquet" for name in config.data.mix[stage.name]
+        Path(config.data.root) / name / "manifest.parquet" for name in config.data.drawn(stage.name)
     ]
     count = asked.number("parts", PARTS)
     # Named by its content: parts that are queued must not find another configuration in it.
@@ -244,20 +258,23 @@ def _sources(config: Config, asked: Asked) -> list[str]:
     return [name for name in config.data.sources if not only or name in only]
 
 
+def _source_files(config: Config, name: str) -> list[Path]:
+    return [Path(p) for p in sorted(glob.glob(config.data.sources[name].input, recursive=True))]
+
+
+def _parts_of(files: Sequence[Path]) -> int:
+    """Shares of a source, by the size of its files; the images that they only name are unknown."""
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    return max(1, min(MOST_SHARES, -(-size // SHARE_BYTES)))
+
+
 def _shard_files(folder: Path) -> list[Path]:
-    """Shards by number; a gap in the numbers stays, as a file that is missing."""
-    found = {}
-    for entry in os.scandir(folder) if folder.is_dir() else ():
-        stem, _, number = entry.name.removesuffix(".tar").rpartition("-")
-        if entry.name.endswith(".tar") and number.isdigit():
-            found[int(number)] = (folder / entry.name, stem)
-    if not found:
-        return []
-    stem = next(iter(found.values()))[1]
-    return [
-        found[number][0] if number in found else folder / f"{stem}-{number:06d}.tar"
-        for number in range(max(found) + 1)
-    ]
+    """Shards in the order of the manifest, missing ones too; without a manifest, what is there."""
+    try:
+        info = json.loads((folder / "index" / "index.json").read_bytes())["info"]
+        return [folder / info["shards_root"] / shard["name"] for shard in info["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return sorted((folder / "shards").glob("*.tar"))
 
 
 def _exports(run: Path) -> dict[str, Path]:

@@ -12,7 +12,8 @@ same command submits what is missing, and only that.
     dry=true       write the script and print the plan, ask Slurm nothing
     test_only=true write it and ask `sbatch --test-only`
     yes=true       do not ask, however many GPU-hours
-    only=[a,b]     sources (shards, validate);  shards_per_item=8 (validate);  parts=8 (reference)
+    only=[a,b]     sources (shards, validate);  shards_per_item=8 (validate);  parts=8 (reference;
+                   of shards: of each source, by its size)
     exports=[DIR,...] questions=[FILE,...] (evaluate);  file=FILE (commands)
 """
 

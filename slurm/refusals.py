@@ -110,7 +110,7 @@ def missing(
                 remedy = "name the directory of a stage that has ended in init_from"
             reasons.append(f"{stage} begins from {start}, which has no DONE.json: {remedy}")
         data = config.data
-        for source in data.mix[config.stage.name]:
+        for source in data.drawn(config.stage.name):
             if not (Path(data.root) / source).is_dir():
                 reasons.append(
                     f"{stage} needs the shards {Path(data.root) / source}: run `make shards`"

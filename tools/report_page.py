@@ -1,9 +1,11 @@
 """The page: what the template needs, taken from the run directory."""
 
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -11,7 +13,7 @@ from markupsafe import Markup
 from models.anyres import AnyresGeometry
 from tools.hf_answers import open_image
 from tools.questions import Question, read_questions
-from tools.report import STAGES, read_metrics, read_optional
+from tools.report import STAGES, read_metrics, read_optional, stage_config
 from tools.report_charts import COLOURS, Line, bar_chart, line_chart, smooth
 from tools.report_pictures import data_url, tiles_drawing
 from tools.report_speed import figures, split
@@ -57,7 +59,17 @@ def render(directory: Path, report: dict[str, Any]) -> str:
             if fact["speed"]
         },
         timings=timings(report["seconds"]),
+        data_card=data_card(directory),
     )
+
+
+def data_card(directory: Path) -> str:
+    """Where the card of the run's data sets is, from the report's own place; "" if nowhere."""
+    for stage in STAGES:
+        config = stage_config(directory / stage)
+        if config is not None and (card := Path(config.data.root) / "card.html").is_file():
+            return quote(os.path.relpath(card, directory))
+    return ""
 
 
 def curves(stage_directory: Path, stage: str) -> list[Markup]:

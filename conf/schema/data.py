@@ -1,6 +1,7 @@
 """Where samples come from, how shards are built, how sources are mixed per stage."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -27,7 +28,9 @@ class SourceConfig:
     preference: bool = False  # its samples carry a chosen and a rejected answer
     # our field (FIELDS) -> their column, for fields named otherwise; a dot reaches into a struct
     columns: dict[str, str] = field(default_factory=dict)
-    image_root: Optional[str] = None  # where image paths start; default: the source file's folder
+    # Where image paths start: a folder, or InternVL's meta.json, which names one for each file (as
+    # MMPR has it); default: the source file's folder.
+    image_root: Optional[str] = None
     prompts: list[str] = field(default_factory=list)  # for captions; one is drawn for each sample
     # WebDataset only: leave the archives where they are, index them and never rewrite.
     in_place: bool = False
@@ -102,8 +105,23 @@ class PhaseConfig:
     until: float  # share of the stage's samples, in (0, 1]; the last one is 1
     weights: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.weights = {name: _weight("weights", name, w) for name, w in self.weights.items()}
+    @classmethod
+    def read(cls, where: str, value: Any) -> "PhaseConfig":
+        """A phase from plain values; ConfigError naming `where` on anything else."""
+        if isinstance(value, PhaseConfig):
+            value = {"until": value.until, "weights": value.weights}
+        if not isinstance(value, Mapping) or not isinstance(value.get("weights", {}), Mapping):
+            raise ConfigError(f"{where}={value!r} is no phase; write {{until: END, weights: {{}}}}")
+        unknown = sorted(map(str, set(value) - {"until", "weights"}))
+        if unknown or "until" not in value:
+            raise ConfigError(
+                f"{where} has {', '.join(map(str, value))}; a phase has until and weights"
+            )
+        weights = value.get("weights", {})
+        return cls(
+            until=_weight(where, "until", value["until"]),
+            weights={name: _weight(f"{where}.weights", name, w) for name, w in weights.items()},
+        )
 
 
 @dataclass
@@ -117,8 +135,9 @@ class DataConfig:
     # among the weights.
     mix: dict[str, dict[str, Any]] = field(default_factory=dict)
     weigh_by: str = "samples"  # what the weights are shares of: samples or tokens
-    # Stage name -> phase name -> phase; they replace the stage's mix.
-    curriculum: dict[str, dict[str, PhaseConfig]] = field(default_factory=dict)
+    # Stage name -> phase name -> phase, a PhaseConfig; they replace the stage's mix. Any: OmegaConf
+    # would refuse a mapping given on the command line.
+    curriculum: dict[str, dict[str, Any]] = field(default_factory=dict)
     shard_bytes: int = 1 << 30
     # Rows that are examined and written as one unit of work; part of what the shards are.
     block_rows: int = 20_000
@@ -137,6 +156,35 @@ class DataConfig:
             }
             for stage, weights in self.mix.items()
         }
+        self.curriculum = {
+            stage: {
+                name: PhaseConfig.read(f"data.curriculum.{stage}.{name}", phase)
+                for name, phase in phases.items()
+            }
+            for stage, phases in self.curriculum.items()
+        }
+
+    def phases(self, stage: str) -> list[PhaseConfig]:
+        """What a stage draws from, phase after phase; one where it has no curriculum."""
+        if stage in self.curriculum:
+            return sorted(self.curriculum[stage].values(), key=lambda phase: phase.until)
+        return [PhaseConfig(1.0, self.mix[stage])] if stage in self.mix else []
+
+    def drawn(self, stage: str) -> list[str]:
+        """Names of the sources that a stage draws from at all, sorted."""
+        phases = self.phases(stage)
+        return sorted({name for phase in phases for name, w in phase.weights.items() if w > 0})
+
+    def shares(self, stage: str) -> dict[str, float]:
+        """Source -> its part of what a stage draws over all phases; they add up to 1."""
+        found: dict[str, float] = dict.fromkeys(self.drawn(stage), 0.0)
+        begin = 0.0
+        for phase in self.phases(stage):
+            total = math.fsum(phase.weights.values())
+            for name in found:
+                found[name] += (phase.until - begin) * phase.weights.get(name, 0.0) / total
+            begin = phase.until
+        return found
 
     def check(self) -> None:
         for name, source in self.sources.items():

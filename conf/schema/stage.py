@@ -130,7 +130,7 @@ class StageConfig:
         ):
             raise ConfigError(
                 f"stage.max_tiles_over_mean={self.max_tiles_over_mean}: at least 1, and not beside "
-                "stage.max_tiles_per_pack"
+                "stage.max_tiles_per_pack; null unsets one of them"
             )
         self.lr.check()
         self.optimizer.check()

@@ -1,51 +1,81 @@
 """Lines of a JSON Lines file. A line that is not a JSON object is one bad row, not a bad file."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_shards.sources.rows import FIELDS, SourceError, SourceRow
+import numpy as np
 
-MAX_LINE = 64 << 20  # bytes
+from data_shards.sources import json_text
+from data_shards.sources.blocks import FileScan, Piece, Starts
+from data_shards.sources.json_text import JsonError
+from data_shards.sources.rows import SourceError, open_text
+
+MAX_LINE = json_text.MAX_BYTES
 _CHUNK = 1 << 22
+_BOM = b"\xef\xbb\xbf"
 
 
-def count(path: Path) -> int:
-    """Lines of the file, blank ones included."""
-    lines, last = 0, b"\n"
-    with _open(path) as file:
-        while chunk := file.read(_CHUNK):
-            lines += chunk.count(b"\n")
-            last = chunk[-1:]
-    return lines + (last != b"\n")
-
-
-def rows(
-    path: Path, columns: Mapping[str, str], preference: bool, first_number: int, skip: int = 0
-) -> Iterator[SourceRow]:
-    """Rows from line `skip` (0-based) on; line r gets number `first_number + r`. Blank lines are
-    passed over.
+def scan(path: Path, starts: Starts) -> FileScan:
+    """Count the lines, blank ones included.
 
     Raises:
         SourceError: the file cannot be opened or read.
     """
-    wanted = FIELDS if preference else ("messages", "images")
-    theirs = {ours: columns.get(ours, ours) for ours in wanted}
-    with _open(path) as file:
-        for number, line in enumerate(_lines(path, file)):
-            if number < skip or (line is not None and not line.strip()):
+    found, begin, ended = FileScan(), 0, True
+    with open_text(path) as file:
+        wanted = 0  # the next line whose offset is asked for
+        while chunk := _read(path, file, _CHUNK):
+            if found.rows == wanted and ended:
+                found.offsets[wanted] = begin
+                wanted = starts.following(wanted + 1)
+            lines = chunk.count(b"\n")
+            if found.rows + lines >= wanted:
+                breaks = np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10)
+                while found.rows + lines > wanted or (
+                    found.rows + lines == wanted and breaks[-1] + 1 < len(chunk)
+                ):
+                    found.offsets[wanted] = begin + int(breaks[wanted - found.rows - 1]) + 1
+                    wanted = starts.following(wanted + 1)
+            found.rows += lines
+            begin += len(chunk)
+            ended = chunk.endswith(b"\n")
+    found.rows += not ended
+    return found
+
+
+def read(piece: Piece) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    """(line of the file from 0, record, None), or (line, {}, why it is bad). Blank lines are
+    passed over.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    with open_text(piece.file) as file:
+        file.seek(piece.offset)
+        for row, line in zip(range(piece.rows), _lines(piece.file, file), strict=False):
+            number = piece.first_row + row
+            if line is None:
+                yield number, {}, f"the line has over {MAX_LINE} bytes"
                 continue
-            origin = f"{path.name}:{number + 1}"
-            values, problem = _parse(line, theirs)
-            yield SourceRow(first_number + number, origin, path.parent, values, problem)
+            if number == 0:
+                line = line.removeprefix(_BOM)
+            if line.strip():
+                yield number, *_record(line)
 
 
-def _open(path: Path) -> BinaryIO:
+def _record(line: bytes) -> tuple[dict[str, Any], str | None]:
     try:
-        return open(path, "rb")
+        return json_text.parse_object(line), None
+    except JsonError as error:
+        return {}, f"the line: {error}"
+
+
+def _read(path: Path, file: BinaryIO, size: int) -> bytes:
+    try:
+        return file.read(size)
     except OSError as error:
-        raise SourceError(f"{path} cannot be opened ({error.strerror}); correct the path") from None
+        raise SourceError(f"{path} cannot be read ({error.strerror}); restore it") from None
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[bytes | None]:
@@ -61,17 +91,3 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes | None]:
             yield None
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}); restore it") from None
-
-
-def _parse(line: bytes | None, theirs: Mapping[str, str]) -> tuple[dict[str, Any], str | None]:
-    if line is None:
-        return {}, f"the line has over {MAX_LINE} bytes"
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return {}, "the line is not UTF-8"
-    except (ValueError, RecursionError) as error:
-        return {}, f"the line is not JSON ({error})"
-    if not isinstance(record, dict):
-        return {}, "the line is not a JSON object"
-    return {ours: record.get(name) for ours, name in theirs.items()}, None

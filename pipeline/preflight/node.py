@@ -123,12 +123,11 @@ def snapshot(run_dir: Path) -> dict[str, Any]:
 
 
 def data(config: Config) -> dict[str, Any]:
-    """SHA-256 of the manifest of each data set in the stage's mixture."""
+    """SHA-256 of the manifest's index of each data set in the stage's mixture, which holds those
+    of all its columns."""
     found = {}
-    for name, weight in config.data.mix.get(config.stage.name, {}).items():
-        if weight <= 0:
-            continue
-        path = Path(config.data.root) / name / "manifest.parquet"
+    for name in config.data.drawn(config.stage.name):
+        path = Path(config.data.root) / name / "index" / "index.json"
         digest = hashlib.sha256()
         try:
             with path.open("rb") as file:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from conf.compose import DIRECTORY, compose, dump, from_mapping, load, options, to_mapping
+from conf.schema.data import PhaseConfig
 from conf.schema.errors import ConfigError
 
 
@@ -79,6 +80,15 @@ def test_every_scalar_of_every_group_can_be_overridden() -> None:
         ("run=${nothing}", "nothing"),
         ("stage.seed=choice(1,2)", "stage.seed"),
         ("data.mix.stage1.captions=many", "data.mix.stage1.captions"),
+        ("data.curriculum.stage1.warm.until=1", "+data.curriculum.stage1"),
+        ("+data.curriculum.stage1.warm.untl=1", "data.curriculum.stage1.warm has untl"),
+        ("+data.curriculum.stage1.warm.until=soon", "data.curriculum.stage1.warm.until='soon'"),
+        ("+data.curriculum.stage1.warm=0.3", "data.curriculum.stage1.warm=0.3 is no phase"),
+        ("+data.curriculum.stage1.warm={weights: {a: 1}}", "warm has weights; a phase has until"),
+        (
+            "+data.curriculum.stage1.warm={until: 1, weights: {captions: true}}",
+            "data.curriculum.stage1.warm.weights.captions=True is not a number",
+        ),
         ("no equals sign", "KEY=VALUE"),
         ("stage.name", "KEY=VALUE"),
         ("model@elsewhere=tiny", "model@elsewhere"),
@@ -89,6 +99,35 @@ def test_what_is_not_a_setting_is_refused_in_one_line(override: str, named: str)
         compose([override])
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            "+data.curriculum.stage2={warm: {until: 0.3, weights: {captions: 1}}, "
+            "rest: {until: 1, weights: {vqa: 3, text: 1.0}}}"
+        ],
+        [
+            "+data.curriculum.stage2.rest.until=1",
+            "+data.curriculum.stage2.rest.weights={vqa: 3, text: 1}",
+            "+data.curriculum.stage2.warm.weights.captions=1",
+            "+data.curriculum.stage2.warm.until=0.3",
+        ],
+    ],
+)
+def test_a_curriculum_may_be_given_on_the_command_line(words: list[str], tmp_path: Path) -> None:
+    data = compose(["stage=stage2", *words]).data
+    data.check()
+    warm, rest = data.phases("stage2")
+    assert warm == PhaseConfig(0.3, {"captions": 1.0})
+    assert rest == PhaseConfig(1.0, {"vqa": 3.0, "text": 1.0})
+    assert data.drawn("stage2") == ["captions", "text", "vqa"]
+    assert data.shares("stage2") == pytest.approx({"captions": 0.3, "vqa": 0.525, "text": 0.175})
+    assert data.phases("stage1") == [PhaseConfig(1.0, data.mix["stage1"])]
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(compose(["stage=stage2", *words])))
+    assert load(path).data == data
 
 
 REAL = ["model=amalia_vl_9b", "data=amalia", "stage=stage2"]

@@ -1,13 +1,11 @@
-"""Building: quarantine, resuming, exchange, and independence of the number of workers."""
+"""Building: what comes out, the quarantine, duplicates, and when it is built again."""
 
 import hashlib
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,11 +15,15 @@ from data_shards import build as build_module
 from data_shards.build import BuildError, build_all, build_dataset
 from data_shards.chat import ChatTokenizer
 from data_shards.manifest import Manifest, read_manifest
+from data_shards.prepare import SourceChanged
 from data_shards.reader import DescriptorCache, ShardReader
 from data_shards.sources.rows import SourceError
 from tests.data_shards import toys
 
 ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = (
+    "manifest.parquet", "index", "quarantine", "shards", "hits.json", "card.html", "card.parquet"
+)  # fmt: skip
 
 
 def build(data: DataConfig, name: str = "chats") -> Manifest:
@@ -29,26 +31,33 @@ def build(data: DataConfig, name: str = "chats") -> Manifest:
     return build_dataset(name, data.sources[name], data, toys.GEOMETRY, tokenizer.digest())
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 @pytest.fixture
 def data(tmp_path: Path, tokenizer_directory: Path) -> DataConfig:
-    first = toys.write_parquet(tmp_path / "in" / "a.parquet", toys.chat_rows(30), group=7)
-    toys.write_parquet(tmp_path / "in" / "b.parquet", toys.chat_rows(10, first=30))
+    return chats(tmp_path, tokenizer_directory)
+
+
+def chats(folder: Path, tokenizer: Path) -> DataConfig:
+    """Forty rows in two files, as three blocks of several shards each."""
+    first = toys.write_parquet(folder / "in" / "a.parquet", toys.chat_rows(30), group=7)
+    toys.write_parquet(folder / "in" / "b.parquet", toys.chat_rows(10, first=30))
     source = SourceConfig(str(first.parent / "*.parquet"), licence="CC0")
-    return toys.data_config(tmp_path / "out", tokenizer_directory, chats=source)
+    data = toys.data_config(folder / "out", tokenizer, chats=source)
+    data.block_rows = 16
+    return data
+
+
+def reasons(manifest: Manifest) -> list[dict[str, str]]:
+    """Lines of the quarantine."""
+    path = manifest.path.parent / "quarantine" / "reasons.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_round_trip(data: DataConfig) -> None:
     manifest = build(data)
     assert len(manifest) == 40 and manifest.info.quarantined == 0
-    assert len(manifest.info.shards) > 3
+    names = [shard.name for shard in manifest.info.shards]
+    assert len(names) > 5 and names == sorted(names)
+    assert {name[:12] for name in names} == {f"chats-{block:05d}-" for block in range(3)}
     assert all(shard.size <= data.shard_bytes + 2048 for shard in manifest.info.shards)
     reader = ShardReader(manifest, DescriptorCache())
     for row, source in enumerate(toys.chat_rows(40)):
@@ -59,19 +68,14 @@ def test_round_trip(data: DataConfig) -> None:
         origin = f"a.parquet:{row}" if row < 30 else f"b.parquet:{row - 30}"
         assert parsed["origin"] == origin
     folder = manifest.path.parent
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "manifest.parquet", "quarantine.jsonl", "shards",
-    ]  # fmt: skip
-    assert manifest.info.shards[0].name == "chats-000000.tar"
+    assert (
+        {"manifest.parquet", "index", "quarantine", "shards", "hits.json"}
+        <= {path.name for path in folder.iterdir()}
+        <= {*PUBLISHED}
+    )
     for shard in manifest.info.shards:
         whole = (manifest.shards_directory / shard.name).read_bytes()
         assert hashlib.sha256(whole).hexdigest() == shard.sha256
-
-
-def test_the_same_bytes_from_every_number_of_workers(data: DataConfig, tmp_path: Path) -> None:
-    expected = contents(build(data).path.parent)
-    data.root, data.build_workers = str(tmp_path / "again"), 2
-    assert contents(build(data).path.parent) == expected
 
 
 def test_an_unchanged_data_set_is_left_alone(
@@ -99,8 +103,8 @@ def test_changed_inputs_and_damaged_results_are_built_again(data: DataConfig) ->
     assert build(data).info == third.info and shard.stat().st_size > 100
     third.path.write_bytes(b"")
     assert build(data).info == third.info
-    leftovers = [path.name for path in Path(data.root).iterdir()]
-    assert sorted(leftovers) == [".chats.lock", "chats"]
+    leftovers = {path.name for path in Path(data.root).iterdir() if not path.suffix == ".lock"}
+    assert leftovers == {".chats.examined", "chats"}
 
 
 def test_bad_rows_are_quarantined_with_the_reason(
@@ -116,15 +120,39 @@ def test_bad_rows_are_quarantined_with_the_reason(
     data.images.max_pixels = 39_999
     manifest = build(data)
     assert manifest.table["key"].to_pylist() == [f"{n:09d}" for n in (0, 3, 5, 7)]
-    lines = (manifest.path.parent / "quarantine.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
+    entries = reasons(manifest)
     assert manifest.info.quarantined == 4
     assert [entry["origin"] for entry in entries] == [f"a.parquet:{n}" for n in (1, 2, 4, 6)]
-    reasons = [entry["reason"] for entry in entries]
-    assert "image 0: not a readable image" in reasons[0]
-    assert "answer of turn 1 is empty" in reasons[1]
-    assert "200x200 px are more than data.images.max_pixels=39999" in reasons[2]
-    assert "1 image placeholders but 0 images" in reasons[3]
+    said = [entry["reason"] for entry in entries]
+    assert "image 0: not a readable image" in said[0]
+    assert "answer of turn 1 is empty" in said[1]
+    assert "200x200 px are more than data.images.max_pixels=39999" in said[2]
+    assert "1 image placeholders but 0 images" in said[3]
+    with tarfile.open(manifest.path.parent / "quarantine" / "samples.tar") as archive:
+        kept = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+    assert [n for n in kept if n.endswith(".json")] == [f"{n:09d}.json" for n in (1, 2, 4, 6)]
+    assert kept["000000001.0.bin"] == b"not an image"
+    assert kept["000000004.0.bin"] == rows[4]["images"][0]
+    assert json.loads(kept["000000006.json"])["images"] == []
+
+
+@pytest.mark.parametrize("limit", [2 << 20, 90_000])
+def test_bad_samples_are_kept_up_to_a_limit(
+    data: DataConfig, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_shards import quarantine
+
+    data.images.max_pixels = 64 * 64 - 1  # all images but the smallest
+    monkeypatch.setattr(quarantine, "MOST_SAMPLES", 12)
+    monkeypatch.setattr(quarantine, "MOST_BYTES_OF_ALL", limit)
+    manifest = build(data)
+    refused = [entry["key"] for entry in reasons(manifest)]
+    assert len(refused) > 12
+    path = manifest.path.parent / "quarantine" / "samples.tar"
+    with tarfile.open(path) as archive:
+        kept = [name[:9] for name in archive.getnames() if name.endswith(".json")]
+    assert kept == refused[: len(kept)] and len(kept) == (12 if limit > 1 << 20 else 8)
+    assert path.stat().st_size <= limit + 1024
 
 
 def test_jsonl_with_image_paths(tmp_path: Path, tokenizer_directory: Path) -> None:
@@ -154,14 +182,13 @@ def test_everything_bad_is_an_error_that_says_why(
     source = SourceConfig(str(path), format="jsonl")
     data = toys.data_config(tmp_path / "out", tokenizer_directory, chats=source)
     with pytest.raises(
-        BuildError, match=r"no sample is usable, 2 rows refused, the first \(a.jsonl:1"
+        BuildError, match=r"no sample is usable, 2 rows refused, 0 duplicates, the first \(a.json"
     ):
         build(data)
     assert not (tmp_path / "out" / "chats").exists()
     assert (
-        len((tmp_path / "out" / ".chats.building" / "quarantine.jsonl").read_text().split("\n"))
-        == 3
-    )
+        tmp_path / "out" / ".chats.building" / "quarantine" / "reasons.jsonl"
+    ).read_text().count("\n") == 2
 
 
 def test_preference_rows(tmp_path: Path, tokenizer_directory: Path) -> None:
@@ -186,157 +213,8 @@ def test_sources_that_cannot_be_read_at_all(data: DataConfig) -> None:
     final = Path(data.root) / "chats" / "manifest.parquet"
     assert read_manifest(final).info.digest == good  # the old data set is still there
     data.sources["chats"].input = str(source.parent / "none*.parquet")
-    with pytest.raises(BuildError, match=r"data\.sources\.chats\.input=.* matches no file"):
+    with pytest.raises(SourceError, match=r"data\.sources\.chats\.input=.* matches no file"):
         build(data)
-
-
-def test_two_builds_of_one_data_set_at_once(data: DataConfig) -> None:
-    from data_shards.dataset_folder import DatasetFolder
-
-    with DatasetFolder(Path(data.root), "chats").locked():
-        with pytest.raises(ValueError, match="is being built by another process"):
-            build(data)
-    build(data)
-
-
-class Killed(BaseException):
-    """Stands for a power cut."""
-
-
-@pytest.mark.parametrize("point", ["part", "publish", "first rename", "second rename"])
-def test_a_build_cut_at_any_point_ends_with_the_same_bytes(
-    data: DataConfig, tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from data_shards.dataset_folder import DatasetFolder
-
-    expected = contents(build(data).path.parent)
-    shutil.rmtree(data.root)
-    older = toys.write_parquet(tmp_path / "older.parquet", toys.chat_rows(3))
-    current = data.sources["chats"]
-    data.sources["chats"] = SourceConfig(str(older))
-    old_digest = build(data).info.digest
-    data.sources["chats"] = current
-
-    calls = {"count": 0}
-
-    def cut_after(count: int, real):  # type: ignore[no-untyped-def]
-        def call(*arguments, **options):  # type: ignore[no-untyped-def]
-            calls["count"] += 1
-            if calls["count"] > count:
-                raise Killed
-            return real(*arguments, **options)
-
-        return call
-
-    with monkeypatch.context() as patched:
-        if point == "part":
-            patched.setattr(DatasetFolder, "write_part", cut_after(2, DatasetFolder.write_part))
-        elif point == "publish":
-            patched.setattr(DatasetFolder, "publish", cut_after(0, DatasetFolder.publish))
-        else:
-            import data_shards.dataset_folder as module
-
-            count = 0 if point == "first rename" else 1
-            patched.setattr(module.os, "rename", cut_after(count, os.rename))
-        with pytest.raises(Killed):
-            build(data)
-    final = Path(data.root) / "chats"
-    if point == "second rename":
-        # The new data set was complete: it takes its place without being built again.
-        with DatasetFolder(Path(data.root), "chats").locked():
-            assert contents(final) == expected
-    else:
-        assert read_manifest(final / "manifest.parquet").info.digest == old_digest
-    assert contents(build(data).path.parent) == expected
-    assert sorted(p.name for p in Path(data.root).iterdir()) == [".chats.lock", "chats"]
-
-
-def test_resuming_does_not_redo_finished_shards(
-    data: DataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from data_shards.dataset_folder import DatasetFolder
-
-    real, written = DatasetFolder.write_part, []
-
-    def write_part(self: DatasetFolder, number: int, part: object) -> None:
-        if len(written) == 3:
-            raise Killed
-        written.append(number)
-        real(self, number, part)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(DatasetFolder, "write_part", write_part)
-        with pytest.raises(Killed):
-            build(data)
-    shards = Path(data.root) / ".chats.building" / "shards"
-    inodes = {p.name: p.stat().st_ino for p in shards.iterdir()}
-    manifest = build(data)
-    for number in range(3):
-        name = f"chats-{number:06d}.tar"
-        assert (manifest.shards_directory / name).stat().st_ino == inodes[name]
-    assert len(manifest) == 40
-
-
-COMMAND = """
-import sys
-from pathlib import Path
-from conf.schema.data import SourceConfig
-from data_shards.build import build_dataset
-from data_shards.chat import ChatTokenizer
-from tests.data_shards import toys
-if __name__ == "__main__":
-    root, tokenizer, source, workers = sys.argv[1:]
-    data = toys.data_config(Path(root), Path(tokenizer), chats=SourceConfig(source, licence="CC0"))
-    data.build_workers = int(workers)
-    digest = ChatTokenizer.from_directory(tokenizer).digest()
-    build_dataset("chats", data.sources["chats"], data, toys.GEOMETRY, digest)
-"""
-
-
-def test_kill_9_and_again_gives_identical_bytes(data: DataConfig, tmp_path: Path) -> None:
-    """Real processes, killed as soon as the n-th shard stands; workers die with their parent."""
-    source = Path(data.sources["chats"].input).parent
-    toys.write_parquet(source / "c.parquet", toys.chat_rows(80, first=40))
-    expected = contents(build(data).path.parent)
-    script = tmp_path / "command.py"
-    script.write_text(COMMAND)
-    root = tmp_path / "killed"
-    arguments = [str(root), data.tokenizer, data.sources["chats"].input, "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    kills = 0
-    for wanted in (2, 9):
-        process = subprocess.Popen(
-            [sys.executable, str(script), *arguments], env=environment,
-            stdout=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        parts = root / ".chats.building" / "parts"
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if parts.is_dir() and sum(p.suffix == ".parquet" for p in parts.iterdir()) >= wanted:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.002)
-        process.wait()
-        assert not (root / "chats").exists()
-        assert _group_ends(process.pid), "workers outlived their parent"
-    assert kills == 2
-    subprocess.run(
-        [sys.executable, str(script), *arguments], env=environment, check=True, timeout=100,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert contents(root / "chats") == expected
-
-
-def _group_ends(group: int) -> bool:
-    for _ in range(500):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.01)
-    os.killpg(group, signal.SIGKILL)
-    return False
 
 
 def test_disk_full_leaves_no_data_set(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,6 +243,7 @@ def test_only_and_unknown_names(data: DataConfig) -> None:
     data.sources["other"] = SourceConfig("/nowhere/*.parquet")
     build_all(data, model, only=["chats"])
     assert (Path(data.root) / "chats" / "manifest.parquet").exists()
+    assert "Not built yet: other" in (Path(data.root) / "card.html").read_text(encoding="utf-8")
     with pytest.raises(BuildError, match="only= names nada; data.sources has chats, other"):
         build_all(data, model, only=["nada"])
 
@@ -388,7 +267,7 @@ def test_the_command_builds_what_it_is_asked_to(
         f"data.sources.captions.input={data.sources['chats'].input}",
     ]  # fmt: skip
     assert build_module.main([*overrides, "only=[captions]"]) == 0
-    assert "captions: 40 samples, 0 refused" in capsys.readouterr().out
+    assert "captions: 40 samples, 0 refused, 0 duplicates" in capsys.readouterr().out
     assert len(read_manifest(Path(data.root) / "captions" / "manifest.parquet")) == 40
     assert build_module.main([*overrides, "only=[nada]"]) == 1
     error = capsys.readouterr().err
@@ -400,13 +279,92 @@ def test_the_command_builds_what_it_is_asked_to(
     [
         ("../x", {}, "a name is at most"),
         ("a.b", {}, "a name is at most"),
-        ("chats", {"columns": {"image": "foto"}}, "names image; the fields are messages, images"),
-        ("chats", {"format": "csv"}, "use parquet or jsonl"),
+        ("chats", {"columns": {"images": "foto"}}, "no column foto"),
+        ("chats", {"format": "csv"}, "is none of parquet, jsonl"),
     ],
 )
 def test_sources_that_are_configured_wrong(
     data: DataConfig, name: str, changes: dict, words: str
 ) -> None:
     data.sources[name] = SourceConfig(data.sources["chats"].input, **changes)
-    with pytest.raises(BuildError, match=words):
+    with pytest.raises((BuildError, SourceError), match=words):
         build(data, name)
+
+
+# --- duplicates -----------------------------------------------------------------------------------
+
+
+def test_the_first_of_two_alike_stays(
+    tmp_path: Path, tokenizer_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = toys.chat_rows(12)
+    first = toys.write_parquet(tmp_path / "first.parquet", [*rows[:6], rows[1]])
+    second = toys.write_parquet(tmp_path / "second.parquet", [*rows[4:], rows[9]])
+    blank = {**rows[3], "images": []}
+    tests = toys.write_parquet(tmp_path / "tests.parquet", [rows[2], rows[8], blank])
+    data = toys.data_config(
+        tmp_path / "out",
+        tokenizer_directory,
+        first=SourceConfig(str(first)),
+        second=SourceConfig(str(second)),
+    )
+    data.duplicates.evaluation = {"tests": SourceConfig(str(tests))}
+    model = toys.model_config(ChatTokenizer.from_directory(data.tokenizer))
+
+    def keys(name: str) -> list[int]:
+        manifest = read_manifest(Path(data.root) / name / "manifest.parquet")
+        return [int(key) for key in manifest.table["key"].to_pylist()]
+
+    build_all(data, model)
+    assert keys("first") == [0, 1, 3, 4, 5]  # 2 is of the evaluation set, 6 is row 1 again
+    assert keys("second") == [2, 3, 5, 6, 7]  # 0, 1 are in the first; 4 is evaluated; 8 is row 5
+    manifest = read_manifest(Path(data.root) / "second" / "manifest.parquet")
+    assert [(entry["key"], entry["kind"]) for entry in reasons(manifest)] == [
+        (f"{number:09d}", "duplicate") for number in (0, 1, 4, 8)
+    ]
+    assert "row 4 of first" in reasons(manifest)[0]["reason"]
+    said = capsys.readouterr().out
+    assert "5 samples, 0 refused, 4 duplicates" in said
+    assert "note: 1 rows of evaluation set tests cannot be compared, the first (tests.pa" in said
+    build_all(data, model, only=["second"])  # the first is examined, so it counts: up to date
+    assert capsys.readouterr().out == "second: up to date, 5 samples\n"
+    for name in ("first", ".first.examined"):
+        (Path(data.root) / name).rename(tmp_path / name)
+    build_all(data, model, only=["second"])
+    assert "note: second is not compared with first, not examined yet" in capsys.readouterr().out
+    assert keys("second") == [0, 1, 2, 3, 5, 6, 7]
+    data.duplicates.across_sources = False
+    build_all(data, model)
+    assert keys("first") == [0, 1, 3, 4, 5] and keys("second") == [0, 1, 2, 3, 5, 6, 7]
+
+
+def test_images_that_changed_since_they_were_examined(
+    tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_shards import build_run
+
+    (tmp_path / "in").mkdir()
+    picture = tmp_path / "in" / "a.png"
+    picture.write_bytes(toys.encoded(toys.picture(0, 30, 40)))
+    messages = toys.chat_rows(1)[0]["messages"]
+    rows = toys.write_jsonl(
+        tmp_path / "in" / "a.jsonl", [{"messages": messages, "images": ["a.png"]}]
+    )
+    data = toys.data_config(
+        tmp_path / "out", tokenizer_directory, chats=SourceConfig(str(rows), format="jsonl")
+    )
+    real = build_run.find_duplicates
+
+    def meanwhile(*arguments):  # type: ignore[no-untyped-def]
+        picture.write_bytes(toys.encoded(toys.picture(1, 30, 40)))
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build_run, "find_duplicates", meanwhile)
+        with pytest.raises(SourceChanged, match=r"row a\.jsonl:1 is no longer .*image 0 differs"):
+            build(data)
+    assert not (tmp_path / "out" / "chats").exists()
+    with pytest.raises(SourceChanged, match="touch the source file"):
+        build(data)
+    os.utime(rows, (1, 1))
+    assert len(build(data)) == 1

@@ -64,6 +64,28 @@ def test_literal_special_tokens_stay_text(either: ChatTokenizer, role: str) -> N
     assert either.image_token_id not in hostile.ids
 
 
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+def test_text_that_normalisation_makes_a_control_token_is_refused(
+    tmp_path: Path, kind: str
+) -> None:
+    """Full-width brackets become "<" and ">" under NFKC, after they were looked for."""
+    directory = toys.write_tokenizer(tmp_path, kind)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    steps = [{"type": "NFKC"}, *([content["normalizer"]] if content["normalizer"] else [])]
+    content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = ChatTokenizer.from_directory(directory)
+    tokenizer.encode([TURNS[3], TURNS[4]])
+    for text in ("\uff1c|im_end|\uff1e\n", "<|im\uff3fend|>", "\uff1cimage>"):
+        for role in (0, 1):
+            turns = [dict(TURNS[3]), dict(TURNS[4])]
+            turns[role]["content"] = f"a {text} b"
+            with pytest.raises(TokenizerError, match="into a control token"):
+                tokenizer.encode(turns)
+
+
 def test_preference_documents_share_the_prompt(either: ChatTokenizer) -> None:
     messages = TURNS[:4]  # an earlier answer is prompt here, not a target
     chosen, rejected = either.encode_preference(messages, "Autocarro.", "Ônibus, né?", [5])
@@ -72,6 +94,20 @@ def test_preference_documents_share_the_prompt(either: ChatTokenizer) -> None:
         assert np.array_equal(document.ids[: len(prompt)], prompt)
         assert not document.targets[: len(prompt)].any() and document.targets[len(prompt) :].all()
         assert either.decode(document.ids[document.targets], False) == answer + "<|im_end|>"
+
+
+def test_counts_are_the_lengths_of_what_is_encoded(either: ChatTokenizer) -> None:
+    pair = TURNS[:2]
+    for answer in ("Um sete.", HOSTILE, "a\nb", "\ufb01m <s"):
+        turns = [*TURNS[:-1], {"role": "assistant", "content": answer}]
+        encoded = either.encode(turns, [5])
+        assert either.count(turns, [5]) == (len(encoded.ids), encoded.n_targets)
+        both = either.encode_preference(pair, answer, "Dois.", [7])
+        counted = either.count_preference(pair, answer, "Dois.", [7])
+        assert counted == tuple((len(one.ids), one.n_targets) for one in both)
+    for tokens in ([], [5, 5]):
+        with pytest.raises(TokenizerError, match="1 <image> tokens"):
+            either.count(TURNS, tokens)
 
 
 def test_the_same_from_many_threads(either: ChatTokenizer) -> None:

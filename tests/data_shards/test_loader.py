@@ -2,20 +2,28 @@
 
 import dataclasses
 import logging
+import re
 import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conf.schema.stage import StageConfig
 from data_shards import images
+from data_shards.balance import PackCost
 from data_shards.batch import PackedBatch
 from data_shards.loader import Loader, LoaderError
 from data_shards.manifest import Manifest, ManifestError, read_manifest, write_manifest
-from data_shards.plan import Plan, build_plan, sequential_plan
+from data_shards.plan import Plan, PlanError, build_plan, sequential_plan
 from data_shards.reader import DescriptorCache, ShardReader
+from data_shards.records import RecordEncoder
 from tests.data_shards import toys
 from tests.data_shards.conftest import World
+from tests.data_shards.loader_process import packs_of
 from tests.data_shards.test_reader import flip, shard_of
 
 WEIGHTS = {"chats": 0.7, "more": 0.3}
@@ -27,6 +35,19 @@ def loader(world: World, plan: Plan, **options: object) -> Loader:
     geometry = options.pop("geometry", toys.GEOMETRY)
     tokenizer = options.pop("tokenizer", world.tokenizer)
     return Loader(plan, manifests, tokenizer, geometry, **options)  # type: ignore[arg-type]
+
+
+def planned(
+    world: World,
+    weights: Mapping[str, float] = WEIGHTS,
+    stage: StageConfig | None = None,
+    plan: Callable[..., Plan] = build_plan,
+    manifests: Mapping[str, Manifest] | None = None,
+) -> Plan:
+    """The plan of a stage that draws by these weights."""
+    stage = stage or toys.stage()
+    data = dataclasses.replace(world.data, mix={stage.name: dict(weights)})
+    return plan(manifests or world.manifests, data, stage)
 
 
 def documents(batch: PackedBatch) -> list[tuple]:
@@ -100,7 +121,7 @@ def check_format(batch: PackedBatch, world: World, names: tuple[str, ...], packs
 
 def test_format_and_content(world: World) -> None:
     stage = toys.stage(document_multiple=8)
-    plan = build_plan(world.manifests, WEIGHTS, stage)
+    plan = planned(world, WEIGHTS, stage)
     for micro in (1, 2, 4):
         batches = loader(world, plan, micro_batch_size=micro).step(2)
         assert len(batches) == 4 // micro
@@ -111,7 +132,7 @@ def test_format_and_content(world: World) -> None:
 
 def test_documents_are_the_samples(world: World) -> None:
     """Against the tokenizer and the picture directly, without plan, packing or collation."""
-    plan = build_plan(world.manifests, {"chats": 1.0}, toys.stage())
+    plan = planned(world, {"chats": 1.0})
     manifest = world.manifests["chats"]
     reader = ShardReader(manifest, DescriptorCache())
     import json
@@ -141,7 +162,7 @@ def test_packed_and_unpacked_hold_the_same_documents(world: World) -> None:
     found = []
     for packing, size in ((True, 4), (False, 4), (True, 1)):
         stage = toys.stage(packing=packing, global_batch_size=size, document_multiple=4)
-        plan = sequential_plan(world.manifests, WEIGHTS, stage)
+        plan = planned(world, WEIGHTS, stage, sequential_plan)
         all_batches = loader(world, plan, micro_batch_size=size, workers=2).batches()
         found.append(sorted(d for _, batches in all_batches for b in batches for d in documents(b)))
     assert len(found[0]) == 36 and found[0] == found[1] == found[2]
@@ -149,7 +170,7 @@ def test_packed_and_unpacked_hold_the_same_documents(world: World) -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_same_from_every_number_of_workers(world: World, workers: int) -> None:
-    plan = build_plan(world.manifests, WEIGHTS, toys.stage())
+    plan = planned(world)
     inline = loader(world, plan, micro_batch_size=2, workers=0)
     expected = dict(inline.batches())
     found = dict(loader(world, plan, micro_batch_size=2, workers=workers).batches())
@@ -160,7 +181,7 @@ def test_the_same_from_every_number_of_workers(world: World, workers: int) -> No
 
 
 def test_resuming_at_a_step_gives_that_step(world: World) -> None:
-    plan = build_plan(world.manifests, WEIGHTS, toys.stage())
+    plan = planned(world)
     whole = dict(loader(world, plan).batches())
     later = dict(loader(world, plan, workers=2).batches(3))
     assert list(later) == [3, 4]
@@ -169,16 +190,49 @@ def test_resuming_at_a_step_gives_that_step(world: World) -> None:
 
 
 def test_replicas_see_the_global_batch_split(world: World) -> None:
-    plan = build_plan(world.manifests, WEIGHTS, toys.stage())
-    alone = loader(world, plan).step(1)
-    for rank in (0, 1):
-        half = loader(world, plan, dp_rank=rank, dp_size=2).step(1)
-        assert len(half) == 2
-        assert all(a.equals(b) for a, b in zip(alone[rank::2], half, strict=True))
+    plan = planned(world)
+    cost = PackCost(tile=10.0, pair=1.0)
+
+    def packs(size: int, rank: int, micro_batch_size: int) -> Counter[str]:
+        mine = loader(
+            world,
+            plan,
+            cost=cost,
+            dp_rank=rank,
+            dp_size=size,
+            micro_batch_size=micro_batch_size,
+        ).step(1)
+        assert len(mine) == 4 // size // micro_batch_size
+        return Counter(digest for batch in mine for digest in packs_of(batch, 512))
+
+    alone = packs(1, 0, 1)
+    assert alone.total() == 4
+    for size, micro_batch_size in ((2, 1), (2, 2), (4, 1), (1, 4)):
+        shares = [packs(size, rank, micro_batch_size) for rank in range(size)]
+        assert sum(shares, Counter()) == alone
+
+
+def test_a_share_of_the_tiles(world: World) -> None:
+    """Context-parallel ranks: what a rank's share of the tiles shows is all there, and pictures
+    that no tile of it shows are not even decoded."""
+    plan = planned(world, {"chats": 1.0})
+    for number, batch in enumerate(loader(world, plan, micro_batch_size=4).step(0)):
+        skipped = 0
+        for ranks in (2, 3, 8):
+            for rank in range(ranks):
+                mine = loader(world, plan, micro_batch_size=4, tile_share=(rank, ranks))
+                found = mine.step(0)[number]
+                assert dataclasses.replace(found, tiles_NCHW=batch.tiles_NCHW).equals(batch)
+                # As models.tile_sharing.own_share cuts.
+                share = -(-len(batch.tiles_NCHW) // ranks)
+                own = slice(rank * share, (rank + 1) * share)
+                assert np.array_equal(found.tiles_NCHW[own], batch.tiles_NCHW[own])
+                skipped += sum(not tile.any() for tile in found.tiles_NCHW)
+        assert skipped > len(batch.tiles_NCHW)
 
 
 def test_ranks_without_vision_get_everything_but_tiles(world: World) -> None:
-    plan = build_plan(world.manifests, WEIGHTS, toys.stage())
+    plan = planned(world)
     for full, other in zip(
         loader(world, plan).step(0), loader(world, plan, need_images=False).step(0), strict=True
     ):
@@ -188,7 +242,7 @@ def test_ranks_without_vision_get_everything_but_tiles(world: World) -> None:
 
 def test_pairs_share_tiles_and_stay_together(world: World) -> None:
     stage = toys.stage(objective="dpo", document_multiple=4)
-    plan = sequential_plan(world.manifests, {"pairs": 1.0}, stage)
+    plan = planned(world, {"pairs": 1.0}, stage, sequential_plan)
     manifest, seen = world.manifests["pairs"], []
     for _, batches in loader(world, plan, micro_batch_size=2).batches():
         for batch in batches:
@@ -215,7 +269,7 @@ def test_pairs_share_tiles_and_stay_together(world: World) -> None:
 def test_text_only_and_empty_packs(world: World) -> None:
     """A pack without samples is one padding document; a batch without images has a black tile."""
     stage = toys.stage(packing=False, global_batch_size=7)
-    plan = sequential_plan(world.manifests, {"more": 1.0}, stage)
+    plan = planned(world, {"more": 1.0}, stage, sequential_plan)
     batches = loader(world, plan).step(1)
     empty = batches[-1]
     assert empty.cu_seqlens.tolist() == [0, 512] and empty.sample_ids.shape == (0, 2)
@@ -244,7 +298,7 @@ def test_a_bad_sample_is_masked_in_place(
 ) -> None:  # fmt: skip
     manifest, row = damaged[name], 1
     stage = toys.stage(objective="dpo" if name == "pairs" else "sft", document_multiple=4)
-    plan = sequential_plan(damaged, {name: 1.0}, stage)
+    plan = planned(world, {name: 1.0}, stage, sequential_plan, damaged)
     span = (
         manifest.json_span[row]
         if member == "json"
@@ -287,9 +341,11 @@ def test_too_many_bad_samples(world: World, damaged: dict[str, Manifest]) -> Non
     manifest = damaged["chats"]
     for row in (1, 4, 9):
         flip(shard_of(manifest, row), int(manifest.json_span[row].sum()) - 3)
-    plan = sequential_plan(damaged, {"chats": 1.0}, toys.stage())
+    plan = planned(world, {"chats": 1.0}, toys.stage(), sequential_plan, damaged)
     for workers in (0, 2):
-        with pytest.raises(LoaderError, match="more than 2 samples had bad bytes, the last: .*tar"):
+        with pytest.raises(
+            LoaderError, match=r"more than data.max_masked=2 samples had bad bytes, the last: .*tar"
+        ):
             list(loader(world, plan, manifests=damaged, max_masked=2, workers=workers).batches())
     fine = loader(world, plan, manifests=damaged, max_masked=3)
     list(fine.batches())
@@ -301,7 +357,7 @@ def test_another_tokenizer_or_geometry_is_refused(world: World, tmp_path: Path) 
     from data_shards.chat import ChatTokenizer
     from models.anyres import AnyresGeometry
 
-    plan = build_plan(world.manifests, WEIGHTS, toys.stage())
+    plan = planned(world)
     other = ChatTokenizer.from_directory(toys.write_tokenizer(tmp_path, "fallback"))
     with pytest.raises(ManifestError, match=r"another tokenizer .* set data.tokenizer to that one"):
         loader(world, plan, tokenizer=other)
@@ -311,7 +367,7 @@ def test_another_tokenizer_or_geometry_is_refused(world: World, tmp_path: Path) 
 
 
 def test_a_missing_shard_is_refused_at_once(world: World, damaged: dict[str, Manifest]) -> None:
-    plan = sequential_plan(damaged, {"chats": 1.0}, toys.stage())
+    plan = planned(world, {"chats": 1.0}, toys.stage(), sequential_plan, damaged)
     shard_of(damaged["chats"], 0).unlink()
     with pytest.raises(ManifestError, match="is missing; restore"):
         loader(world, plan, manifests=damaged)
@@ -330,23 +386,39 @@ def test_whole_bytes_that_do_not_match_the_manifest_stop_the_run(
     index = rows.column_names.index("tokens")
     write_manifest(path, rows.set_column(index, "tokens", pa.array(tokens)), damaged["chats"].info)
     manifests = {"chats": read_manifest(path)}
-    plan = sequential_plan(manifests, {"chats": 1.0}, toys.stage())
+    plan = planned(world, {"chats": 1.0}, toys.stage(), sequential_plan, manifests)
     with pytest.raises(
-        LoaderError, match=r"row \d+\): \d+ tokens, not \[\d+\]; .* build the shards"
+        LoaderError,
+        match=r"row \d+\): \d+ tokens, its manifest says \d+; .*another version built it",
     ):
         loader(world, plan, manifests=manifests).step(0)
 
 
 def test_batches_that_do_not_divide(world: World) -> None:
-    plan = build_plan(world.manifests, WEIGHTS, toys.stage())
-    with pytest.raises(LoaderError, match="not a multiple of .*micro_batch_size=3 times 1"):
+    plan = planned(world)
+    with pytest.raises(PlanError, match="not a multiple of .*micro_batch_size=3 times 1"):
         loader(world, plan, micro_batch_size=3)
 
 
-def test_leaving_the_iterator_stops_its_threads(world: World) -> None:
-    import threading
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_goes_wrong_in_a_thread_reaches_the_caller(
+    world: World, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """With the sample that it happened to, and no thread left behind."""
 
-    plan = build_plan(world.manifests, WEIGHTS, toys.stage())
+    def fails(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(RecordEncoder, "encode", fails)
+    with pytest.raises(MemoryError, match="no room") as caught:
+        list(loader(world, planned(world), workers=workers).batches())
+    (note,) = caught.value.__notes__
+    assert re.fullmatch(r"while loading .*\.tar: sample \d{9} \(row \d+\)", note)
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
+
+
+def test_leaving_the_iterator_stops_its_threads(world: World) -> None:
+    plan = planned(world)
     iterator = loader(world, plan, workers=3).batches()
     next(iterator)
     assert any(thread.name.startswith("loader") for thread in threading.enumerate())

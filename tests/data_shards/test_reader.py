@@ -13,10 +13,15 @@ from data_shards.reader import BadSample, DescriptorCache, ShardReader
 from tests.data_shards.conftest import World
 
 
+def copied(world: World, name: str, root: Path) -> Manifest:
+    """A copy of one data set under `root`, to be damaged."""
+    shutil.copytree(world.manifests[name].path.parent, root / name)
+    return read_manifest(root / name / "manifest.parquet")
+
+
 @pytest.fixture
 def manifest(world: World, tmp_path: Path) -> Manifest:
-    shutil.copytree(world.manifests["chats"].path.parent, tmp_path / "chats")
-    return read_manifest(tmp_path / "chats" / "manifest.parquet")
+    return copied(world, "chats", tmp_path)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -69,6 +74,26 @@ def test_a_truncated_shard_loses_its_tail_only(manifest: Manifest) -> None:
         reader.read(row)
     with pytest.raises(BadSample, match="the shard ends before it"):
         reader.read(mine[-1])
+
+
+def test_members_that_lie_apart_are_read_one_by_one(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [ShardReader(manifest, DescriptorCache()).read(row) for row in range(len(manifest))]
+    reads: list[int] = []
+    pread = os.pread
+
+    def counted(descriptor: int, size: int, offset: int) -> bytes:
+        reads.append(size)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(reader_module, "_GAP", -1)
+    monkeypatch.setattr(reader_module.os, "pread", counted)
+    apart = [ShardReader(manifest, DescriptorCache()).read(row) for row in range(len(manifest))]
+    assert apart == whole
+    assert sorted(reads) == sorted(
+        [*manifest.json_span[:, 1].tolist(), *manifest.image_span[:, 1].tolist()]
+    )
 
 
 def test_a_file_that_cannot_be_read(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

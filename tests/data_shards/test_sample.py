@@ -38,6 +38,20 @@ def test_text_becomes_nfc() -> None:
     assert sample.messages[0]["content"] == "ã"
 
 
+def test_marks_in_a_row_cost_no_time() -> None:
+    """Composing a hundred thousand of them would take minutes; short rows are text as any other."""
+    content = "e" + "\u0301\u0323" * 15
+    sample = parse([{"role": "user", "content": content + " 東京都" * 40}, ANSWER])
+    assert sample.messages[0]["content"].startswith("\u1eb9\u0323")
+    with pytest.raises(SampleError, match="over 30 combining marks in a row"):
+        parse([{"role": "user", "content": "x" + "\u0300\u0316" * 400_000}, ANSWER])
+
+
+def test_a_picture_alone_is_a_question() -> None:
+    for content in ("<image>", [{"type": "image"}]):
+        parse([{"role": "user", "content": content}, ANSWER], images=1)
+
+
 def test_null_fields_of_parquet_structs_are_ignored() -> None:
     content = [{"type": "image", "text": None}, {"type": "text", "text": "Que é?"}]
     sample = parse([{"role": "user", "content": content}, ANSWER], images=1)
@@ -70,6 +84,15 @@ def test_a_pair_ends_with_the_question_and_takes_both_forms_of_answers() -> None
         ([{"role": "tool", "content": "x"}], 0, "none of system"),
         ([USER, {"role": "assistant", "content": " \n"}], 0, "answer of turn 1 is empty"),
         ([{"role": "user", "content": ""}, ANSWER], 0, "question of turn 0 is empty"),
+        ([{"role": "user", "content": " \n\t"}, ANSWER], 0, "question of turn 0 is empty"),
+        ([{"role": "user", "content": []}, ANSWER], 0, "question of turn 0 is empty"),
+        ([USER, {"role": "assistant", "content": []}], 0, "answer of turn 1 is empty"),
+        ([USER, {"role": "assistant", "content": "\u200b\ufeff\u00a0\u3164"}], 0, "is empty"),
+        ([{"role": ["user"], "content": "x"}, ANSWER], 0, "role list, none of"),
+        ([{"role": "u" * 99, "content": "x"}, ANSWER], 0, "role 'u{40}', none of"),
+        ([USER, ANSWER] * 513, 0, "1026 messages, more than 1024"),
+        ([{"role": "user", "content": "a" * (1 << 20) + "b"}, ANSWER], 0, "1048577 characters"),
+        ([{"role": "user", "content": "a" + "\u0300\u0316" * 16}, ANSWER], 0, "combining marks"),
         ([{"role": "user", "content": "a\0b"}, ANSWER], 0, "NUL"),
         ([{"role": "user", "content": "a\ud800"}, ANSWER], 0, "surrogate"),
         ([{"role": "user", "content": "a\ufdd0"}, ANSWER], 0, "noncharacter"),
@@ -92,6 +115,8 @@ def test_bad_messages_are_refused(messages: object, images: int, words: str) -> 
         ("", "b", "chosen is empty"),
         ("a", None, "rejected is NoneType"),
         ("a", "a", "same text"),
+        ("a", " a\n", "same text"),
+        ("\u200b", "a", "chosen is empty"),
         ("a", [USER], "not assistant"),
     ],
 )

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.manifest import Manifest, read_manifest, rows_to_table, write_manifest
+from data_shards.shard_check import Checks
 from data_shards.validate import main, shard_range, validate
 from data_shards.writer import BLOCK, ShardWriter, tar_header
 from tests.data_shards import toys
@@ -28,7 +29,7 @@ def copy(world: World, tmp_path: Path) -> Manifest:
 
 
 def check(manifest: Manifest, first: int = 0, last: int | None = None) -> dict[str, Any]:
-    return validate(manifest, first, last, MAX_PIXELS, workers=2)
+    return validate(manifest, first, last, Checks(MAX_PIXELS), workers=2)
 
 
 def shard_path(manifest: Manifest, number: int) -> Path:
@@ -160,7 +161,7 @@ def test_bytes_that_belong_to_nobody(copy: Manifest) -> None:
 
 
 def test_missing_and_unlisted_shards(copy: Manifest) -> None:
-    gone, stray = shard_path(copy, 1), shard_path(copy, 0).with_name("chats-000099.tar")
+    gone, stray = shard_path(copy, 1), shard_path(copy, 0).with_name("chats-99999-0000.tar")
     gone.unlink()
     stray.write_bytes(b"")
     report = check(copy)
@@ -187,7 +188,7 @@ def test_whole_bytes_that_cannot_be_trained_on(copy: Manifest, tmp_path: Path) -
     ]
     folder = tmp_path / "forged"
     (folder / "shards").mkdir(parents=True)
-    with ShardWriter(folder / "shards" / "forged-000000.tar") as writer:
+    with ShardWriter(folder / "shards" / "forged-00000-0000.tar") as writer:
         for row, (text, data) in zip(rows, contents, strict=True):
             members = [
                 dataclasses.asdict(m)
@@ -195,6 +196,7 @@ def test_whole_bytes_that_cannot_be_trained_on(copy: Manifest, tmp_path: Path) -
             ]
             row.update({f"json_{name}": value for name, value in members[0].items()}, shard=0)
             row["images"] = [{**members[1], "width": 90, "height": 40, "tiles": 1}]
+            row["tiles"] = 1
         info = dataclasses.replace(copy.info, shards=(writer.close(),))
     write_manifest(folder / "manifest.parquet", rows_to_table(rows), info)
     causes = [cause for _, cause in the_bad(check(read_manifest(folder / "manifest.parquet")))]

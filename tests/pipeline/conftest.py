@@ -1,9 +1,12 @@
 """One small run, trained once, for all tests of this room."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fork_server import ForkServer
+from tests.pipeline.forked_training import MODULES
 from tests.pipeline.small_run import SmallRun, train_in_pool
 
 
@@ -25,3 +28,10 @@ def trained(small_run: SmallRun) -> dict[str, str]:
 def stage1_dir(small_run: SmallRun, trained: dict[str, str]) -> Path:
     """A finished stage 1, to start stage 2 of other runs from."""
     return small_run.root / "run" / "stage1"
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts training processes that have torch imported already."""
+    with ForkServer(*MODULES) as server:
+        yield server

@@ -7,7 +7,7 @@ import pytest
 from models.flops import causal_pairs, forward_flops, training_flops
 from pipeline.callbacks.base import BatchCounts
 from pipeline.callbacks.throughput import Throughput
-from pipeline.data import StageData, open_data
+from pipeline.data import StageData, open_data, pack_cost
 from pipeline.distributed import Ranks
 from tests.pipeline.small_run import SmallRun
 
@@ -85,3 +85,33 @@ def test_flops_of_the_replicas_add_up_to_those_of_the_batch(small_run: SmallRun)
     forward = forward_flops(config.model, lengths, targets, tiles)
     everything = {"vision", "connector", "language"}
     assert whole == training_flops(forward, everything)
+
+
+def test_the_plan_lies_in_the_stages_directory_and_is_used_again(
+    small_run: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_run.config("stage3", run="planned")
+    (rank,) = (each.ranks for each in opened(small_run, "stage3", 1))
+    data = open_data(config, rank)
+    folder = small_run.root / "planned" / "stage3" / "plan"
+    kinds = sorted(path.name.split("-")[0] for path in folder.iterdir())
+    assert kinds == ["sequential", "training"]
+    assert sorted(map(tuple, data.everything.samples.tolist())) == [(0, n) for n in range(12)]
+    monkeypatch.setattr("data_shards.plan_file.KINDS", {})  # no planner
+    again = open_data(config, rank)
+    assert again.plan.digest == data.plan.digest
+    assert again.everything.digest == data.everything.digest
+
+
+def test_replicas_are_levelled_by_what_the_stage_computes(small_run: SmallRun) -> None:
+    """A frozen tower only runs forward, and gradients pass attention whatever trains before it."""
+    config = small_run.config("stage2")
+    model, everything = config.model, {"vision", "connector", "language"}
+    cost = pack_cost(config)
+    tile = forward_flops(model, [], 0, 1)
+    assert cost.tile == training_flops(tile, everything).total
+    two = forward_flops(model, [2], 0, 0).total - 2 * forward_flops(model, [1], 0, 0).total
+    assert cost.pair == pytest.approx(3 * two)  # a document of two looks at one pair more
+    config.stage.lr.vision = config.stage.lr.language = 0.0
+    frozen = pack_cost(config)
+    assert frozen.pair == cost.pair and tile.total < frozen.tile < 0.6 * cost.tile

@@ -68,7 +68,7 @@ class World:
         self.run_dir = RunDirectory.of(self.config)
         self.run_dir.record({"stage1": self.config}, {"format": 1})
         for name in self.config.data.mix["stage1"]:
-            manifest = Path(self.config.data.root) / name / "manifest.parquet"
+            manifest = Path(self.config.data.root) / name / "index" / "index.json"
             manifest.parent.mkdir(parents=True)
             manifest.write_bytes(b"rows of " + name.encode())
         self.processes: list[subprocess.Popen[str]] = []
@@ -232,7 +232,7 @@ def test_code_from_elsewhere(world: World, tmp_path: Path, monkeypatch: pytest.M
 def test_missing_data(world: World) -> None:
     name = next(iter(world.config.data.mix["stage1"]))
     assert set(node.data(world.config)["data"]) == set(world.config.data.mix["stage1"])
-    manifest = Path(world.config.data.root) / name / "manifest.parquet"
+    manifest = Path(world.config.data.root) / name / "index" / "index.json"
     manifest.unlink()
     with pytest.raises(Problem, match=rf"{manifest} cannot be read \(No such file"):
         node.data(world.config)

@@ -29,7 +29,10 @@ def plan_of(steps: int, packs_per_step: int = 2, shift: int = 0) -> Plan:
     rows = np.arange(packs * 2) + shift
     samples = np.stack([np.zeros_like(rows), rows], axis=1).astype(np.int32)
     offsets = np.arange(packs + 1, dtype=np.int64) * 2
-    return Plan("p", ("pairs",), steps, packs_per_step, 512, 4, offsets, samples, {}, {})
+    nothing = np.zeros(packs, np.int64)
+    names = ("pairs",)
+    return Plan("p", names, steps, packs_per_step, 512, 4, offsets, samples, nothing, nothing,
+                {}, {}, {}, {})  # fmt: skip
 
 
 def rows_of(plan: Plan, part: int, parts: int) -> Rows:

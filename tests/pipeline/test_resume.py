@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from conf.schema import Config
+from tests.fork_server import ForkServer
+from tests.pipeline.forked_training import start_forked
 from tests.pipeline.small_run import SmallRun, losses, metrics, start, train_in_pool
 
 STEPS = "stage.steps=16"
@@ -21,21 +23,23 @@ def _lines(config: Config) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def _kill_after(config: Config, lines: int, delay: float, number: int) -> str:
-    """Start, wait for `lines` lines of metrics plus `delay` seconds, signal rank 0."""
-    processes = start(config)
+def _kill_after(server: ForkServer, config: Config, lines: int, delay: float, number: int) -> str:
+    """Start, wait for `lines` lines of metrics plus `delay` seconds, signal; rank 0's output."""
+    folder = Path(config.runs_dir) / config.run / f"after{lines}"
+    ranks = start_forked(server, config, folder)
     deadline = time.monotonic() + TIMEOUT
-    while _lines(config) < lines and processes[0].poll() is None:
+    while _lines(config) < lines and ranks[0].poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(delay)
-    for process in processes:
-        if process.poll() is None:
-            if number == signal.SIGKILL:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
-    return processes[0].communicate(timeout=TIMEOUT)[0]
+    for rank in ranks:
+        if number == signal.SIGKILL:
+            rank.kill()
+        else:
+            rank.send_signal(number)
+    for rank in ranks:
+        rank.wait(TIMEOUT)
+    return ranks[0].output()
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +54,23 @@ def _config(small_run: SmallRun, name: str, *more: str) -> Config:
     return small_run.config("stage2", STEPS, f"init_from={stage1}", *more, run=name)
 
 
-def test_killed_at_random_moments(small_run: SmallRun, unbroken: list[float]) -> None:
+def test_killed_at_random_moments(
+    small_run: SmallRun, unbroken: list[float], fork_server: ForkServer
+) -> None:
     """SIGKILL three times, in a step, in a save or between; bit for bit the same losses."""
     config = _config(small_run, "killed")
     chance = random.Random(20261121)
     for lines in (1, 5, 10):
-        _kill_after(config, lines, chance.uniform(0, 2.0), signal.SIGKILL)
+        _kill_after(fork_server, config, lines, chance.uniform(0, 2.0), signal.SIGKILL)
     train_in_pool(config)
     assert losses(config) == unbroken
 
 
-def test_sigterm_saves_and_stops(small_run: SmallRun, unbroken: list[float]) -> None:
+def test_sigterm_saves_and_stops(
+    small_run: SmallRun, unbroken: list[float], fork_server: ForkServer
+) -> None:
     config = _config(small_run, "terminated", "stage.checkpoint.every=1000")
-    output = _kill_after(config, 3, 0.0, signal.SIGTERM)
+    output = _kill_after(fork_server, config, 3, 0.0, signal.SIGTERM)
     assert "the same command resumes" in output
     done = len(metrics(config))
     assert 3 <= done < 16
@@ -91,23 +99,24 @@ def test_a_signal_to_every_process_of_a_rank(
     assert losses(config) == unbroken
 
 
-def test_exit_file(small_run: SmallRun, unbroken: list[float]) -> None:
+def test_exit_file(small_run: SmallRun, unbroken: list[float], fork_server: ForkServer) -> None:
     config = _config(small_run, "exit-file", "stage.checkpoint.every=1000")
-    processes = start(config)
+    (rank,) = start_forked(fork_server, config, small_run.stage_dir(config))
     while _lines(config) < 2:
-        assert processes[0].poll() is None
+        assert rank.poll() is None, rank.output()
         time.sleep(0.01)
     (small_run.stage_dir(config) / "EXIT").touch()
-    processes[0].communicate(timeout=TIMEOUT)
-    assert processes[0].returncode == 128 + signal.SIGTERM
+    assert rank.wait(TIMEOUT) == 128 + signal.SIGTERM
     train_in_pool(config)
     assert losses(config) == unbroken
 
 
-def test_goes_on_under_another_layout(small_run: SmallRun, unbroken: list[float]) -> None:
+def test_goes_on_under_another_layout(
+    small_run: SmallRun, unbroken: list[float], fork_server: ForkServer
+) -> None:
     """Begun at TP 2, stopped, ended at PP 2; then with the distributed optimizer at DP 2."""
     config = _config(small_run, "moved", "parallel=tp2")
-    _kill_after(config, 3, 0.0, signal.SIGTERM)
+    _kill_after(fork_server, config, 3, 0.0, signal.SIGTERM)
     stopped = len(metrics(config))
     assert stopped < 16
     moved = _config(small_run, "moved", "parallel=pp2")
@@ -115,9 +124,11 @@ def test_goes_on_under_another_layout(small_run: SmallRun, unbroken: list[float]
     assert losses(moved) == pytest.approx(unbroken, abs=1e-5)
 
 
-def test_distributed_optimizer_resumes(small_run: SmallRun, unbroken: list[float]) -> None:
+def test_distributed_optimizer_resumes(
+    small_run: SmallRun, unbroken: list[float], fork_server: ForkServer
+) -> None:
     config = _config(small_run, "sharded", "parallel=dp2_dist")
-    _kill_after(config, 5, 0.0, signal.SIGTERM)
+    _kill_after(fork_server, config, 5, 0.0, signal.SIGTERM)
     train_in_pool(config)
     assert losses(config) == pytest.approx(unbroken, abs=1e-5)
 

@@ -32,14 +32,14 @@ LAYOUTS = {
 
 def plan_of(config: Config) -> tuple[Plan, np.ndarray]:
     manifest = read_manifest(Path(config.data.root) / "chats" / "manifest.parquet")
-    return build_plan({"chats": manifest}, config.data.mix["stage2"], config.stage), manifest.tiles
+    return build_plan({"chats": manifest}, config.data, config.stage), manifest.tiles
 
 
 def images_of(config: Config, replica: int) -> list[bool]:
     """Whether each step of this replica has an image."""
     plan, tiles = plan_of(config)
     return [
-        any(tiles[row] for pack in plan.packs(step, replica, 2) for _, row in pack.tolist())
+        any(tiles[row] for _, row in plan.packs(step)[replica].tolist())
         for step in range(plan.steps)
     ]
 

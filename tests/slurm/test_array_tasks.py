@@ -1,5 +1,6 @@
 """What the items of each task are."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,35 +19,60 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_items_of_shards(config: Config, tmp_path: Path) -> None:
-    asked = Asked(("run=r", "data=demo"), {"only": "[captions,vqa]"})
-    items = items_of("shards", config, asked, tmp_path / "runs" / "r")
-    assert [one.name for one in items] == ["captions", "vqa"]
-    assert items[0].words == ("data_shards.build", "run=r", "data=demo", "only=[captions]")
-    source = tmp_path / "runs" / "r" / "raw" / "captions" / "0.parquet"
+    asked = Asked(("run=r", "data=demo"), {"only": "[captions,vqa]", "parts": "2"})
+    run = tmp_path / "runs" / "r"
+    items = items_of("shards", config, asked, run)
+    labels = [
+        f"{name}.{phase}.{part:03d}-of-2"
+        for phase in ("examine", "write")
+        for name in ("captions", "vqa")
+        for part in range(2)
+    ]
+    assert [one.name for one in items] == labels
+    build = ("data_shards.build", "run=r", "data=demo")
+    assert items[3].words == (
+        *build, "only=[vqa]", "phase=examine", "source=vqa", "part=1/2"
+    )  # fmt: skip
+    assert items[7].words == (
+        *build, "only=[captions,vqa]", "phase=write", "source=vqa", "part=1/2"
+    )  # fmt: skip
+    source = run / "raw" / "vqa" / "0.parquet"
     source.parent.mkdir(parents=True)
-    source.touch()
-    config.data.sources["captions"].input = str(source.parent / "*.parquet")
-    again = items_of("shards", config, asked, tmp_path / "runs" / "r")
-    assert again[0].stamp != items[0].stamp and again[1].stamp == items[1].stamp
+    with open(source, "wb") as file:
+        file.truncate(9 << 30)
+    config.data.sources["vqa"].input = str(source.parent / "*.parquet")
+    again = items_of("shards", config, asked, run)
+    same = [a.stamp == b.stamp for a, b in zip(items, again, strict=True)]
+    assert same == [True, True, False, False, True, True, False, False]
+    by_size = items_of("shards", config, Asked((), {"only": "[captions,vqa]"}), run)
+    assert [one.name for one in by_size if ".write." in one.name] == [
+        "captions.write.000-of-1", *(f"vqa.write.{part:03d}-of-3" for part in range(3))
+    ]  # fmt: skip
     with pytest.raises(ConfigError, match="only= names nothing"):
         items_of("shards", config, Asked((), {"only": "nothing"}), tmp_path)
 
 
 def test_items_of_validate(config: Config, tmp_path: Path) -> None:
-    folder = tmp_path / "data" / "captions" / "shards"
-    folder.mkdir(parents=True)
-    for number in range(5):
-        (folder / f"captions-{number:06d}.tar").write_bytes(b"x" * number)
+    folder = tmp_path / "data" / "captions"
+    (folder / "shards").mkdir(parents=True)
+    names = [f"captions-{number // 3:05d}-{number % 3:04d}.tar" for number in range(5)]
+    for number, name in enumerate(names):
+        (folder / "shards" / name).write_bytes(b"x" * number)
     asked = Asked(("run=r",), {"shards_per_item": "2"})
     run = tmp_path / "runs" / "r"
+    without = items_of("validate", config, asked, run)
+    info = {"shards_root": "shards", "shards": [{"name": name} for name in names]}
+    (folder / "index").mkdir()
+    (folder / "index" / "index.json").write_text(json.dumps({"info": info}))
     items = items_of("validate", config, asked, run)
-    names = ["captions.000000-000001", "captions.000002-000003", "captions.000004-end"]
-    assert [one.name for one in items] == names
+    assert items == without
+    labels = ["captions.000000-000001", "captions.000002-000003", "captions.000004-end"]
+    assert [one.name for one in items] == labels
     assert [one.words[3] for one in items] == ["shards=0..1", "shards=2..3", "shards=4.."]
     assert items[0].accepted == (0, 1)
-    (folder / "captions-000003.tar").unlink()
+    (folder / "shards" / names[3]).unlink()
     changed = items_of("validate", config, asked, run)
-    assert [one.name for one in changed] == names
+    assert [one.name for one in changed] == labels
     assert [a.stamp == b.stamp for a, b in zip(items, changed, strict=True)] == [True, False, True]
     with pytest.raises(ConfigError, match="build the shards first"):
         items_of("validate", config, Asked((), {"only": "vqa"}), run)

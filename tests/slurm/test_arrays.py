@@ -41,7 +41,7 @@ def test_parse() -> None:
         (["task=shards", "throttle=0"], "positive whole number"),
         (["task=shards", "elements=1.5"], "positive whole number"),
         (["task=shards", "hours=-1"], "positive number"),
-        (["task=shards", "parts=3"], "parts= is for task=reference"),
+        (["task=validate", "parts=3"], "parts= is for task=shards or reference"),
         (["task=shards", "dry=perhaps"], "neither true nor false"),
     ):
         with pytest.raises(ConfigError, match=cause):

@@ -16,6 +16,7 @@ from tools import report
 from tools.command import run
 from tools.questions import chance, exact_match, read_questions
 from tools.report_charts import Line, bar_chart, line_chart, smooth, ticks
+from tools.report_page import data_card
 from tools.report_speed import speed_facts
 
 SIZES = ((50, 33), (200, 31), (20, 90), (64, 64))
@@ -214,3 +215,18 @@ def test_curves_survive_gaps_and_single_points() -> None:
     assert bar_chart({}, title="t") == ""
     assert "&lt;b&gt;" in bar_chart({"<b>": {"s": 0.5}}, title="t")
     assert smooth([1.0, 1.0, 4.0]) == [1.0, 2.0, 2.5]
+
+
+def test_the_page_links_to_the_card_of_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)  # where data.root is counted from
+    config = report.stage_config(tmp_path / "demo" / "stage1")
+    assert config is not None
+    root = Path(config.data.root)
+    assert data_card(tmp_path / "demo") == ""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "card.html").write_text("card")
+    link = data_card(tmp_path / "demo")
+    assert (tmp_path / "demo" / link).resolve() == (root / "card.html").resolve()

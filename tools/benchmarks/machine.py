@@ -20,8 +20,13 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide speed; those not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    return {"python": platform.python_version(), **versions_of(PACKAGES)}
+
+
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those that are installed."""
+    found = {}
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -8,30 +8,38 @@ import pyarrow.parquet as pq
 
 from conf.schema import StageConfig
 from conf.schema.errors import ConfigError
+from data_shards.manifest import read_manifest
 from tools.plan.workload import FILL, Row
 
-COLUMNS = ("tokens", "tokens_rejected", "target_tokens", "target_tokens_rejected", "tiles")
+COLUMNS = ("tokens", "tokens_rejected", "target_tokens", "tiles")
+MOST_ROWS = 1_000_000  # of a manifest that are looked at, evenly spread
 DEVIATIONS = 5.0  # above the mean: the fullest of a hundred thousand packs and more
 
 
 def row_from_manifests(
-    paths: Mapping[str, Path], weights: Mapping[str, float], stage: StageConfig
+    paths: Mapping[str, Path],
+    weights: Mapping[str, float],
+    stage: StageConfig,
+    weigh_by: str = "samples",
 ) -> Row:
     """Means over the weighted data sets; the pack with most tiles by their spread.
+
+    Args:
+        weigh_by: what the weights are shares of, samples or tokens.
 
     Raises:
         ConfigError: a manifest that is not one.
     """
-    sets = [_columns(path) for path in paths.values()]
-    # Weights are shares of samples (data_shards/mixture.py).
-    share = np.concatenate(
-        [
-            np.full(len(columns["tokens"]), weights[name] / max(len(columns["tokens"]), 1))
-            for name, columns in zip(paths, sets, strict=True)
-        ]
-    )
-    tokens, rejected, target, target_rejected, tiles = (
-        np.concatenate([columns[name] for columns in sets]) for name in COLUMNS
+    sets = {name: _columns(path) for name, path in paths.items()}
+    parts = []
+    for name, columns in sets.items():
+        total = float(len(columns["tokens"]))
+        if weigh_by == "tokens":
+            total = float((columns["tokens"] + columns["tokens_rejected"]).sum())
+        parts.append(np.full(len(columns["tokens"]), weights[name] / total))
+    share = np.concatenate(parts)
+    tokens, rejected, targets, tiles = (
+        np.concatenate([columns[name] for columns in sets.values()]) for name in COLUMNS
     )
     both = _padded(tokens, stage.document_multiple) + _padded(rejected, stage.document_multiple)
     fits = (both <= stage.sequence_length) & (both > 0)
@@ -57,11 +65,14 @@ def row_from_manifests(
     most = max(most, float(tiles[fits].max()))
     if stage.max_tiles_per_pack is not None:
         most = min(most, float(stage.max_tiles_per_pack))
+    if stage.max_tiles_over_mean is not None:
+        over = stage.max_tiles_over_mean * stage.sequence_length / size * mean(tiles)
+        most = min(most, max(over, float(tiles[fits].max())))
     return Row(
         tokens=stage.sequence_length,
         real=per_pack * size,
         document=squares / max(mean(tokens + rejected), 1.0),
-        targets=per_pack * mean(target + target_rejected),
+        targets=per_pack * mean(targets),
         tiles=per_pack * mean(tiles),
         most_tiles=most,
         samples=per_pack,
@@ -77,13 +88,11 @@ def count_samples(paths: Sequence[Path]) -> int:
 
 def _columns(path: Path) -> dict[str, np.ndarray]:
     try:
-        table = pq.read_table(path, columns=list(COLUMNS))
-        return {name: table[name].to_numpy().astype(np.int64) for name in COLUMNS}
-    except (KeyError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"{path} is not a manifest ({reason}); build the data set again (make shards)"
-        ) from error
+        manifest = read_manifest(path)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a manifest: {error}") from error
+    every = -(-len(manifest) // MOST_ROWS)
+    return {name: getattr(manifest, name)[::every].astype(np.int64) for name in COLUMNS}
 
 
 def _padded(tokens: np.ndarray, multiple: int) -> np.ndarray:

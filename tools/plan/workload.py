@@ -129,13 +129,13 @@ def _assumed(config: Config) -> Row:
 
 def _from_manifests(config: Config) -> Row | None:
     stage = config.stage
-    weights = {k: w for k, w in config.data.mix.get(stage.name, {}).items() if w > 0}
+    weights = config.data.shares(stage.name)
     paths = {name: Path(config.data.root) / name / "manifest.parquet" for name in weights}
     if not paths or not all(path.is_file() for path in paths.values()):
         return None
     from tools.plan.manifest_row import row_from_manifests  # NumPy and Arrow, where there is data
 
-    return row_from_manifests(paths, weights, stage)
+    return row_from_manifests(paths, weights, stage, config.data.weigh_by)
 
 
 def _override(row: Row, config: Config, given: Mapping[str, float]) -> Row:
@@ -186,8 +186,8 @@ def steps_of(config: Config, row: Row, settings: Mapping[str, float] | None = No
 def row_samples(config: Config) -> float:
     """Samples of the stage's mixture, by the manifests or assumed."""
     stage = config.stage
-    names = [name for name, weight in config.data.mix.get(stage.name, {}).items() if weight > 0]
-    paths = [Path(config.data.root) / name / "manifest.parquet" for name in names]
+    root = Path(config.data.root)
+    paths = [root / name / "manifest.parquet" for name in config.data.drawn(stage.name)]
     if paths and all(path.is_file() for path in paths):
         from tools.plan.manifest_row import count_samples
 

@@ -27,7 +27,8 @@ def test_manifests_give_what_the_plan_packs(world: World) -> None:
     stage = toys.stage(steps=200)
     paths = {name: world.manifests[name].path for name in WEIGHTS}
     row = row_from_manifests(paths, WEIGHTS, stage)
-    plan = build_plan(world.manifests, WEIGHTS, stage)
+    data = dataclasses.replace(world.data, mix={"stage2": WEIGHTS})
+    plan = build_plan(world.manifests, data, stage)
     report, packs = plan.report, plan.report["packs"]
     # The planner knows no packing: it takes 98 % for full. Toy packs hold few samples.
     scale = report["tokens"] / packs / row.real
@@ -60,7 +61,7 @@ def test_a_manifest_is_found_where_the_configuration_says(world: World) -> None:
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "manifest.parquet"
     path.write_bytes(b"not Parquet")
-    with pytest.raises(ConfigError, match=r"is not a manifest .*make shards"):
+    with pytest.raises(ConfigError, match=r"is not a manifest: .*make shards"):
         row_from_manifests({"x": path}, {"x": 1.0}, toys.stage())
 
 

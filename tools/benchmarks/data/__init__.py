@@ -1,0 +1,1 @@
+"""Benchmarks of the data path: `make bench BENCH=data`."""
