@@ -32,6 +32,7 @@ READY = $(if $(PREPARED),,$(VENV)/.installed)
 VENV_REMOTE ?= .venv-remote
 REMOTE_READY = $(VENV_REMOTE)/.installed
 # energon, which training does not need; torch and the rest it shares with VENV.
+VENV_SERVE ?= .venv-serve
 VENV_ENERGON ?= .venv-energon
 # $(call slurm,VERB,MODULE): the module here, or with REMOTE=user@host the verb there, over SSH.
 REMOTE ?=
@@ -49,8 +50,8 @@ HERE = $(if $(REMOTE),$(error REMOTE= goes with stage1, stage2, stage3, pipeline
 	steer and array; give `make $@` there))$(SHOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-remote setup-energon demo test lint format shards stage1 stage2 stage3 pipeline status logs \
-	cancel steer array import export eval plan dryrun profile bench report
+.PHONY: help setup setup-remote setup-energon setup-serve demo test lint format shards stage1 stage2 stage3 pipeline status logs \
+	cancel steer array import export parity serve-check diff average eval plan dryrun profile bench report
 
 help: ## this list
 	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -100,6 +101,17 @@ $(VENV_ENERGON)/.installed: constraints-energon.txt | $(READY)
 		-c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/shared.pth"
 	@touch $@
 
+setup-serve: $(VENV_SERVE)/.installed ## make .venv-serve, the newest transformers, for serve-check
+
+$(VENV_SERVE)/.installed: constraints-serve.txt | $(READY)
+	@test -x $(VENV_SERVE)/bin/python || $(PY) -m venv $(VENV_SERVE)
+	@echo 'installing transformers 5 into $(VENV_SERVE)'
+	@$(VENV_SERVE)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+		-r constraints-serve.txt
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > "$$($(VENV_SERVE)/bin/python \
+		-c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/shared.pth"
+	@touch $@
+
 demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
 	$(HERE) $(PY) -m tools.demo run=$(RUN) $(ARGS)
 
@@ -146,8 +158,21 @@ import: $(READY) ## VISION= LANGUAGE= TOKENIZER= (Hugging Face folders), or LLAV
 	$(HERE) $(PY) -m tools.hf_import model=$(MODEL) $(if $(LLAVA),llava=$(LLAVA),\
 		vision=$(VISION) language=$(LANGUAGE) tokenizer=$(TOKENIZER)) out=runs/$(RUN)/import $(ARGS)
 
-export: $(READY) ## STAGE of RUN to a Hugging Face folder, OUT= (default runs/RUN/hf)
-	$(HERE) $(PY) -m tools.hf_export stage=runs/$(RUN)/$(STAGE) out=$(OUT) $(ARGS)
+export: $(READY) ## STAGE of RUN to a Hugging Face folder, OUT= (default runs/RUN/hf); FINAL=1 with the gate
+	$(HERE) $(PY) -m tools.hf_export stage=runs/$(RUN)/$(STAGE) out=$(OUT) $(if $(FINAL),final=true) $(ARGS)
+
+parity: $(READY) ## the gate: is HF= (default OUT) the model of STAGE of RUN? writes parity.json
+	$(HERE) $(PY) -m tools.parity_gate stage=runs/$(RUN)/$(STAGE) hf=$(or $(HF),$(OUT)) $(ARGS)
+
+serve-check: $(READY) ## does HF= (default OUT) answer the same in transformers 4.57.6 and 5.x
+	$(HERE) $(PY) -m tools.serve_check hf=$(or $(HF),$(OUT)) $(ARGS)
+
+diff: $(READY) ## A= and B=, exports, stages or checkpoints: what differs, tensor by tensor
+	$(HERE) $(PY) -m tools.diff_checkpoints a=$(A) b=$(B) $(ARGS)
+
+average: $(READY) ## mean of the LAST= checkpoints of STAGE, a stage of its own: runs/RUN/STAGE_mean
+	$(HERE) $(PY) -m tools.average_checkpoints stage=runs/$(RUN)/$(STAGE) last=$(or $(LAST),2) \
+		out=runs/$(RUN)/$(STAGE)_mean $(ARGS)
 
 eval: $(READY) ## held-out questions to the export of STAGE
 	$(HERE) $(PY) -m tools.evaluate run=$(RUN) stage=$(STAGE) $(ARGS)

@@ -1,12 +1,13 @@
 """A stage's checkpoint -> a complete Hugging Face directory, on any machine, in little memory.
 
     python -m tools.hf_export stage=runs/NAME/stage2 out=DIR [tokenizer=DIR] [dtype=bfloat16]
-        [names=new] [workers=4]
+        [names=new] [workers=4] [licence=apache-2.0] [final=true]
 
 The directory loads with `AutoProcessor` and `AutoModelForImageTextToText` of transformers 4.57.6
 (`LlavaNextForConditionalGeneration`). Weights go tensor by tensor, whatever layout wrote them; an
 export that was killed goes on where it stopped when the same command is given again. It is written
-aside and renamed into place. The tokenizer is the one of the run's `import/` unless named; its
+aside and renamed into place; with final=true only once `tools.parity_gate` has passed it. The
+tokenizer is the one of the run's `import/` unless named; its
 digest must be the one the stage was trained with.
 """
 
@@ -72,6 +73,7 @@ class Request:
     names: str = "legacy"
     workers: int = 2
     shard_bytes: int = SHARD_BYTES
+    final: bool = False  # only with the gate's certificate
     licence: str = ""  # of the model, as Hugging Face names it (apache-2.0); empty: not stated
 
 
@@ -106,10 +108,19 @@ def export(request: Request) -> None:
         digests = write_files(source, model, files, rename, aside, identity, request.workers, _say)
         _write_small_files(request, tokenizer, model, done, dtype, aside)
         write_checksums(aside, dict(digests))
+        if request.final:
+            _certify(request.stage, aside)
         (aside / STATE).unlink()
         sync_directory(aside)
         aside.rename(out)
         sync_directory(out.parent)
+
+
+def _certify(stage: Path, folder: Path) -> None:
+    """Run the gate on a folder that has no name yet; ValueError leaves it aside."""
+    from tools.parity_gate import certify
+
+    certify(stage, folder, compose([]), Path(sys.executable))
 
 
 def verify_checkpoint(directory: Path, workers: int) -> None:
@@ -200,7 +211,7 @@ def _licence(name: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Command line; see the module's docstring."""
-    words = ("stage", "out", "tokenizer", "dtype", "names", "workers", "licence")
+    words = ("stage", "out", "tokenizer", "dtype", "names", "workers", "licence", "final")
     ours, rest = split_arguments(arguments, words)
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}; usage: {USAGE}")
@@ -218,6 +229,7 @@ def main(arguments: list[str]) -> None:
         dtype=DTYPES[ours["dtype"]] if "dtype" in ours else None,
         names=ours.get("names", "legacy"),
         workers=int(workers),
+        final=ours.get("final") == "true",
         licence=_licence(ours.get("licence", "")),
     )
     export(request)

@@ -86,9 +86,7 @@ def check(
     return findings
 
 
-def certificate(
-    stage: Path, export: Path, findings: list[Finding], layout: str, version: str
-) -> dict[str, Any]:
+def certificate(stage: Path, export: Path, findings: list[Finding], layout: str) -> dict[str, Any]:
     """What stands in parity.json: which files, which checkpoint, what was compared."""
     done = read_done(stage)
     sums = export / files.CHECKSUMS
@@ -103,10 +101,29 @@ def certificate(
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": version,
         },
         "findings": [finding.as_json() for finding in findings],
     }
+
+
+def certify(
+    stage: Path, export: Path, config: Config, python: Path, tokens: int = GREEDY, only: str = ""
+) -> bool:
+    """Compare, and write the certificate; False where only a part was asked for.
+
+    Raises:
+        ValueError: something differs.
+    """
+    (export / CERTIFICATE).unlink(missing_ok=True)
+    findings = check(stage, export, config, python, tokens, only)
+    failed = [finding.name for finding in findings if not finding.passed]
+    if failed:
+        raise ValueError(f"{export} is NOT the model of {stage}: {', '.join(failed)}")
+    if only or tokens < GREEDY:
+        return False
+    layout = layout_name(config.parallel)
+    write_json(export / CERTIFICATE, certificate(stage, export, findings, layout))
+    return True
 
 
 def certified(export: Path) -> bool:
@@ -130,21 +147,12 @@ def main(arguments: list[str]) -> None:
     config = compose(overrides)
     if config.parallel.context > 1:
         raise ValueError("parallel.context: the gate compares whole rows; use a layout without it")
-    (export / CERTIFICATE).unlink(missing_ok=True)
     python = Path(ours.get("python") or sys.executable)
     tokens = int(ours.get("tokens") or GREEDY)
-    findings = check(stage, export, config, python, tokens, only)
-    failed = [finding.name for finding in findings if not finding.passed]
-    if failed:
-        raise ValueError(f"{export} is NOT the model of {stage}: {', '.join(failed)}")
-    if only or tokens < GREEDY:
+    if certify(stage, export, config, python, tokens, only):
+        print(f"{export} is the model of {stage}: {export / CERTIFICATE}")
+    else:
         print("all of this is the same; a certificate needs every part and 64 tokens")
-        return
-    from transformers import __version__ as version
-
-    value = certificate(stage, export, findings, layout_name(config.parallel), version)
-    write_json(export / CERTIFICATE, value)
-    print(f"{export} is the model of {stage}: {export / CERTIFICATE}")
 
 
 if __name__ == "__main__":

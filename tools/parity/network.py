@@ -46,11 +46,8 @@ def compare(sides: Sides, cases: Sequence[Case], say: Callable[[str], None]) -> 
     """
     with tempfile.TemporaryDirectory(prefix="parity-") as name:
         folder = Path(name)
-        _write_cases(folder, cases)
-        command = [str(sides.python), str(_HF_SIDE), str(sides.export), str(folder), str(folder)]
-        _run([*command, str(sides.tokens)], {}, "transformers cannot run the export", say)
+        version = ask_transformers(sides.export, sides.python, folder, cases, sides.tokens, say)
         theirs = {case.name: _load(folder / f"{case.name}.npz") for case in cases}
-        version = (folder / "version.txt").read_text(encoding="utf-8")
         say(f"transformers {version} has answered")
         prompts = {case.name: sides.our.prompt(case) for case in cases}
         findings = [
@@ -58,6 +55,7 @@ def compare(sides: Sides, cases: Sequence[Case], say: Callable[[str], None]) -> 
                 sides.our.tokenizer,
                 sides.bos,
                 {name: (prompts[name], theirs[name]) for name in prompts},
+                f"transformers {version}",
             )
         ]
         batches = {}
@@ -78,6 +76,25 @@ def compare(sides: Sides, cases: Sequence[Case], say: Callable[[str], None]) -> 
             _greedy(ours, theirs, sides),
         ]
         return findings
+
+
+def ask_transformers(
+    export: Path,
+    python: Path,
+    folder: Path,
+    cases: Sequence[Case],
+    tokens: int,
+    say: Callable[[str], None],
+) -> str:
+    """Have an environment's transformers answer all cases into `folder`; returns its version.
+
+    Raises:
+        ValueError: it cannot, with the end of what it said.
+    """
+    _write_cases(folder, cases)
+    command = [str(python), str(_HF_SIDE), str(export), str(folder), str(folder), str(tokens)]
+    _run(command, {}, f"transformers of {python} cannot run the export", say)
+    return (folder / "version.txt").read_text(encoding="utf-8")
 
 
 def _write_cases(folder: Path, cases: Sequence[Case]) -> None:

@@ -30,12 +30,16 @@ def check_counts(export: Path, geometry: AnyresGeometry) -> Finding:
 
 
 def check_chats(
-    tokenizer: ChatTokenizer, bos: str | None, cases: dict[str, tuple[np.ndarray, Any]]
+    tokenizer: ChatTokenizer,
+    bos: str | None,
+    cases: dict[str, tuple[np.ndarray, Any]],
+    version: str,
 ) -> Finding:
     """Token ids of each chat by every way of rendering it, and one BOS in each.
 
     Args:
         cases: name -> (the trainer's prompt ids, the other side's arrays).
+        version: of the library that made those.
     """
     problems = []
     bos_id = None if bos is None else tokenizer.token_id(bos)
@@ -52,7 +56,9 @@ def check_chats(
                 problems.append(f"{name}, by {way}: {count} BOS tokens")
             elif not np.array_equal(ids, expected):
                 problems.append(f"{name}, by {way}: other token ids than in training")
-    return yes_or_no("chats", problems, f"{len(cases)} chats, each in four ways, are as trained")
+    return yes_or_no(
+        "chats", problems, f"{len(cases)} chats, each in four ways, are as trained in {version}"
+    )
 
 
 def normalised(tiles_NCHW: np.ndarray) -> np.ndarray:
