@@ -15,7 +15,8 @@ YES ?=
 BENCH ?= speed
 ARGS ?=
 VENV ?= .venv
-WORKERS ?= 2
+# More than two cores: most of the slow tests wait, for Slurm or for ranks of their own.
+WORKERS ?= 3
 
 # The first of these that can make a virtual environment.
 PYTHON ?= $(shell for p in python3.11 python3.12; do \
