@@ -1,6 +1,7 @@
 """How long the plan of a run takes, and how much memory: with a million samples and with ten."""
 
 import multiprocessing
+import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
