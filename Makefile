@@ -15,7 +15,8 @@ YES ?=
 BENCH ?= speed
 ARGS ?=
 VENV ?= .venv
-WORKERS ?= 2
+# More than two cores: most of the slow tests wait, for Slurm or for ranks of their own.
+WORKERS ?= 3
 
 # The first of these that can make a virtual environment.
 PYTHON ?= $(shell for p in python3.11 python3.12; do \
@@ -116,7 +117,7 @@ demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
 	$(HERE) $(PY) -m tools.demo run=$(RUN) $(ARGS)
 
 test: $(READY) ## all tests; what is skipped is listed with its reason
-	$(PY) -m pytest -n $(WORKERS) $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

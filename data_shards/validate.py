@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
-from data_shards.chat import ChatTokenizer
+from data_shards.chat import ChatTokenizer, TokenizerError
 from data_shards.durable import replacing
 from data_shards.manifest import Manifest, read_manifest, verify_manifest
 from data_shards.records import RecordEncoder
@@ -118,7 +118,11 @@ def shard_range(text: str) -> tuple[int, int | None]:
 
 def _encoder(manifest: Manifest, config: Config) -> RecordEncoder | None:
     """What counts tokens anew, if tokenizer and model are those of the data set."""
-    tokenizer = ChatTokenizer.from_directory(config.data.tokenizer)
+    try:
+        tokenizer = ChatTokenizer.from_directory(config.data.tokenizer)
+    except TokenizerError as error:  # shards may be checked where no model is
+        print(f"{manifest.info.name}: tokens are not counted: {error}")
+        return None
     geometry = AnyresGeometry.from_model(config.model)
     info = manifest.info
     if (tokenizer.digest(), geometry.digest()) == (info.tokenizer_digest, info.geometry_digest):

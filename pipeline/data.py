@@ -124,10 +124,11 @@ def pack_cost(config: Config) -> PackCost:
     return PackCost(tile=flops(0, 1), pair=flops(1, 0))
 
 
-def open_data(config: Config, ranks: Ranks) -> StageData:
+def open_data(config: Config, ranks: Ranks, plans_in: Path | None = None) -> StageData:
     """Read manifests and tokenizer of the stage's mixture and plan it.
 
-    The plan lies in the stage's directory; rank 0 writes it where it is not there yet, or damaged.
+    The plan lies in the stage's directory, or in `plans_in`; rank 0 writes it where it is not there
+    yet, or damaged.
 
     Raises:
         ValueError: a manifest, shard or tokenizer is missing, damaged or does not fit; the message
@@ -143,8 +144,8 @@ def open_data(config: Config, ranks: Ranks) -> StageData:
     tokenizer = ChatTokenizer.from_directory(data.tokenizer)
     tokenizer.require_model(config.model)
     kinds = ["training", "sequential"] if stage.objective == "dpo" else ["training"]
-    root = Path(config.runs_dir) / config.run / stage.name / "plan"
-    plans = _plans(kinds, root, manifests, data, stage)
+    root = plans_in or Path(config.runs_dir) / config.run / stage.name
+    plans = _plans(kinds, root / "plan", manifests, data, stage)
     return StageData(
         plan=plans["training"],
         sequential=plans.get("sequential"),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 # Before anything imports torch: the tests run several at a time on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,8 +43,24 @@ def _no_slurm() -> str:
 NEEDS = {"gpu": _no_gpu, "slurm": _no_slurm}
 
 
+# Rooms whose tests share what is costly to make (processes with torch in them, a trained run, a
+# Slurm): one worker of pytest-xdist takes all of a group (--dist loadgroup).
+GROUPS = {
+    "models": "ranks",
+    "parity": "ranks",
+    "pipeline": "training",
+    "slurm": "slurm",
+    "faults": "faults",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, tests whose machine this is not."""
+    """Keep rooms together; skip, with the reason, tests whose machine this is not."""
+    here = Path(__file__).parent
+    for item in items:
+        room = item.path.relative_to(here).parts[0]
+        if room in GROUPS:
+            item.add_marker(pytest.mark.xdist_group(GROUPS[room]))
     for marker, lacking in NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = lacking() if marked else ""

@@ -82,7 +82,8 @@ def profile(config: Config, words: dict[str, str]) -> None:
     config = replace(config, init_from=str(source))
     check(config, detect())
     with session(config.parallel, config.stage.seed) as ranks:
-        data = open_data(config, ranks)
+        # A profile leaves the stage's directory as it is.
+        data = open_data(config, ranks, plans_in=directory(config))
         if data.steps < steps.total:
             raise ValueError(
                 f"{config.stage.name} has {data.steps} steps, the profile wants {steps.total}; "

@@ -18,6 +18,7 @@ from data_shards.plan_file import ensure_plan, plan_folder, read_plan
 from models.anyres import AnyresGeometry
 from tools.benchmarks import machine
 from tools.benchmarks.data.packing import LAWS, MIXED, SETS, mixture, stage2, write_manifests
+from tools.benchmarks.memory import peak_gb
 from tools.benchmarks.table import Section
 
 SAMPLES = (1_000_000, 10_000_000)
@@ -52,7 +53,7 @@ def _plan(pipe: Connection, folder: Path, root: Path) -> None:
     plan = ensure_plan("training", root, manifests, data, stage)
     # ensure_plan checks the manifests as well: once is what a run pays.
     seconds, wall = _cpu() - began, time.monotonic() - started
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = peak_gb() * 1e9 / 2**30
     place = plan_folder(root, plan.inputs)
     again = []
     for verify in (True, False):
