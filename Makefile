@@ -187,7 +187,7 @@ dryrun: $(READY) ## build and step every rank of a layout on this machine, witho
 profile: $(READY) ## some steps of STAGE under torch's profiler, to runs/RUN/profile
 	$(HERE) $(PY) -m tools.profile_run run=$(RUN) model=$(MODEL) data=$(DATA) stage=$(STAGE) $(ARGS)
 
-bench: $(READY) ## measure what this machine can (BENCH=speed|data); tables to docs/benchmarks
+bench: $(READY) ## measure what this machine can (BENCH=speed|data|interchange); tables to docs/benchmarks
 	$(if $(filter data,$(BENCH)),$(HERE) $(MAKE) -s setup-energon || echo 'note: no energon to compare with')
 	$(HERE) $(PY) -m tools.bench bench=$(BENCH) $(ARGS)
 
