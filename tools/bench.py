@@ -4,9 +4,8 @@
         [threads=1] [turns=5] [steps=8] [scale=...]
 
 bench=speed: training beside transformers, into speed.md and speed.json. bench=data: the data path
-beside transformers, webdataset and energon, into data.md and data.json. bench=interchange: an export
-of true size beside a plain copy. A section that is measured
-replaces its old one. Sides are measured in turn, each in a process of its own. A table measured
+beside transformers, webdataset and energon, into data.md and data.json. bench=interchange: an
+export of true size beside a plain copy. A section that is measured replaces its old one. Sides are measured in turn, each in a process of its own. A table measured
 while the machine had other work says so and judges nothing.
 """
 
@@ -74,8 +73,8 @@ parallel file system gives is not measured here. How the path works: [../data/](
     "interchange": Group(
         """# To Hugging Face
 
-Written by `make bench BENCH=interchange`, which needs 40 GB of disk; `ARGS="scale=0.05"` takes two of
-the decoder's layers. What it does: [../interchange.md](../interchange.md).
+Written by `make bench BENCH=interchange`, which needs 40 GB of disk; `ARGS="scale=0.05"` takes two
+of the decoder's layers. What it does: [../interchange.md](../interchange.md).
 """,
         {"export": "tools.benchmarks.interchange:measure"},
         scale=1.0,
