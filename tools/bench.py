@@ -5,8 +5,9 @@
 
 bench=speed: training beside transformers, into speed.md and speed.json. bench=data: the data path
 beside transformers, webdataset and energon, into data.md and data.json. bench=interchange: an
-export of true size beside a plain copy. A section that is measured replaces its old one. Sides are measured in turn, each in a process of its own. A table measured
-while the machine had other work says so and judges nothing.
+export of true size beside a plain copy. A section that is measured replaces its old one. Sides are
+measured in turn, each in a process of its own. A table measured while the machine had other work
+says so and judges nothing.
 """
 
 import importlib
