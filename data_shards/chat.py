@@ -21,16 +21,19 @@ from tokenizers import Encoding, Tokenizer
 from conf.schema.model import ModelConfig
 from data_shards.chat_template import ChatTemplate
 from data_shards.sample import DEFUSE, IMAGE_MARK
+from data_shards.tokenizer_files import (
+    TokenizerError,
+    one_line,
+    read_config,
+    read_template,
+    special_tokens,
+)
 
 # transformers' LlavaNextProcessor would turn this literal into an image token.
 _PROCESSOR_PLACEHOLDER = "<placeholder>"
 Message = Mapping[str, Any]
 # Loader and builder have threads and processes of their own; the library's would fight them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-class TokenizerError(ValueError):
-    """A tokenizer directory that cannot be used; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,19 @@ class ChatTokenizer:
             TokenizerError: a file is missing, damaged, or lacks what training needs.
         """
         directory = Path(directory)
-        config = _read_config(directory)
+        config = read_config(directory)
         path = directory / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
             raise TokenizerError(
-                f"{path} cannot be read ({_one_line(error)}); point data.tokenizer at a directory "
+                f"{path} cannot be read ({one_line(error)}); point data.tokenizer at a directory "
                 "with a Hugging Face fast tokenizer"
             ) from None
-        special = _special_tokens(config)
+        special = special_tokens(config)
         return cls(
             tokenizer,
-            ChatTemplate(_read_template(directory, config), special),
+            ChatTemplate(read_template(directory, config), special),
             special,
             str(directory),
         )
@@ -303,6 +306,8 @@ class ChatTokenizer:
             # Without offsets, which are a good part of the work.
             found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             ids = [encoding.ids for encoding in found]
+            for text, part in zip(texts, ids, strict=True):
+                self._refuse_made_control(text, part)
         marks = [part.count(self.image_token_id) for part in ids]
         if not ids or any(n for n, (_, is_answer) in zip(marks, parts, strict=True) if is_answer):
             encoded = self._assemble(parts, image_tokens)
@@ -340,16 +345,19 @@ class ChatTokenizer:
         starts = (np.cumsum(repeats) - repeats)[marks]
         return Encoded(np.repeat(ids, repeats), np.repeat(targets, repeats), starts)
 
-    def _ids(self, text: str, encoding: Encoding) -> np.ndarray:
-        ids = np.array(encoding.ids, np.int64)
-        # Normalisation may turn other characters into those of a control token (NFKC: U+FF1C to
-        # "<"): then there are more of them than the text, as it was defused, says.
-        n_control = int(self._is_control[ids].sum())
+    def _refuse_made_control(self, text: str, ids: Sequence[int] | np.ndarray) -> None:
+        """Normalisation may turn other characters into those of a control token (NFKC: U+FF1C to
+        "<"): then there are more of them than the text, as it was defused, says."""
+        n_control = int(self._is_control[np.asarray(ids, np.int64)].sum())
         if n_control and n_control > len(self._control.findall(text)):
             raise TokenizerError(
                 f"{self._where}: the tokenizer's normalisation turns a part of the text into a "
                 "control token"
             )
+
+    def _ids(self, text: str, encoding: Encoding) -> np.ndarray:
+        ids = np.array(encoding.ids, np.int64)
+        self._refuse_made_control(text, ids)
         if DEFUSE not in text:
             return ids
         keep = np.ones(len(ids), bool)
@@ -363,46 +371,3 @@ class ChatTokenizer:
                     "was trained on noncharacters, use another"
                 )
         return ids[keep]
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(
-            f"{path} cannot be read ({_one_line(error)}); point data.tokenizer at a Hugging Face "
-            "tokenizer directory"
-        ) from None
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{path} is not a JSON object; restore it from the tokenizer's origin")
-    return config
-
-
-def _read_template(directory: Path, config: Mapping[str, Any]) -> str:
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if not isinstance(template, str):
-        raise TokenizerError(
-            f"{directory} has no chat template; put it in {path.name} or in tokenizer_config.json"
-        )
-    return template
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens, as transformers passes them to the template."""
-    found: dict[str, str] = {"image_token": IMAGE_MARK}
-    extra = config.get("extra_special_tokens")
-    entries = {**config, **(extra if isinstance(extra, dict) else {})}
-    for name, value in entries.items():
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if name.endswith("_token") and isinstance(value, str):
-            found[name] = value
-    return found
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards import fingerprints
+from data_shards import fingerprints, manifest_facts
 from data_shards.durable import replacing
 from data_shards.locks import FileLock
 from data_shards.prepare import Examined, Refused
@@ -41,6 +41,11 @@ _IMAGE = pa.struct(
         ("extension", pa.string()),
     ]
 )
+# They stand in the manifest as they were examined.
+MANIFEST_COLUMNS = (
+    "tokens", "target_tokens", "tokens_rejected", "target_tokens_rejected", "tiles", "variety",
+    "language", "source", "licence",
+)  # fmt: skip
 SCHEMA = pa.schema(
     [
         ("number", pa.int64()),
@@ -48,22 +53,9 @@ SCHEMA = pa.schema(
         ("json_size", pa.int64()),
         ("json_sha256", pa.binary(32)),
         ("images", pa.list_(_IMAGE)),
-        ("tokens", pa.int32()),
-        ("target_tokens", pa.int32()),
-        ("tokens_rejected", pa.int32()),
-        ("target_tokens_rejected", pa.int32()),
-        ("tiles", pa.int32()),
-        ("variety", pa.string()),
-        ("language", pa.string()),
-        ("source", pa.string()),
-        ("licence", pa.string()),
+        *(manifest_facts.SCHEMA.field(name) for name in MANIFEST_COLUMNS),
     ]
 )
-# They stand in the manifest as they were examined.
-MANIFEST_COLUMNS = (
-    "tokens", "target_tokens", "tokens_rejected", "target_tokens_rejected", "tiles", "variety",
-    "language", "source", "licence",
-)  # fmt: skip
 _HITS = b"amalia_vl_hits"
 _BLOCKS = "blocks.json"
 _FINGERPRINTS, _REFUSED = "fingerprints.parquet", "refused.jsonl"

@@ -54,6 +54,8 @@ GROUPS = {
 }
 
 
+# Before xdist's own hook, which a worker registers later and which reads the marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep rooms together; skip, with the reason, tests whose machine this is not."""
     here = Path(__file__).parent

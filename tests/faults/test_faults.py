@@ -35,8 +35,13 @@ PLANS = {
         ("stage3", scenarios.requeued, 2 * EVERY + 1),
     ],
 }
-# Two pipelines go without preflight, which costs a start of Python with torch each time.
-OVERRIDES = dict.fromkeys(("undisturbed", "second"), ("cluster.preflight=false",))
+# Two pipelines go without preflight, which costs a start of Python with torch each time; the
+# third alone has a short walltime, which a busy machine may meet once more than was planned.
+OVERRIDES = {
+    "undisturbed": ("cluster.preflight=false",),
+    "first": SHORT,
+    "second": ("cluster.preflight=false",),
+}
 
 
 def play(run: PipelineRun, plan: list[tuple[str, scenarios.Fault, int]]) -> Ended:
@@ -57,9 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[
     pool = ThreadPoolExecutor(len(PLANS))
     with ThrowAwaySlurm(accounting=True, cpu_nodes=3 * len(PLANS), acc_nodes=1) as slurm, pool:
         futures = {
-            name: pool.submit(
-                play, PipelineRun(world, name, slurm, *SHORT, *OVERRIDES.get(name, ())), plan
-            )
+            name: pool.submit(play, PipelineRun(world, name, slurm, *OVERRIDES[name]), plan)
             for name, plan in PLANS.items()
         }
         # The Slurm must not go before the last pipeline has ended, well or not.
@@ -82,6 +85,7 @@ def test_undisturbed(runs: dict[str, Future[Ended]]) -> None:
 def test_faults_change_nothing(runs: dict[str, Future[Ended]], name: str) -> None:
     ended, calm = runs[name].result(), runs["undisturbed"].result()
     # Each fault has cost a start of the ranks: it did meet a stage that trained.
-    assert ended.attempts == 3 + len(PLANS[name])
+    planned = 3 + len(PLANS[name])
+    assert ended.attempts >= planned if SHORT == OVERRIDES[name] else ended.attempts == planned
     assert ended.losses == calm.losses
     assert ended.weights == calm.weights

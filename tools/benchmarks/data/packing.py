@@ -139,11 +139,6 @@ def sorted_first_fit(tokens: Sequence[int], length: int, buffer: int = 1000) -> 
     return packs
 
 
-def one_a_row(tokens: Sequence[int], length: int) -> list[int]:
-    """No packing."""
-    return list(range(len(tokens)))
-
-
 def repacked(plan: Plan, manifests: Mapping[str, Manifest], packs: Sequence[int]) -> Plan:
     """The plan's samples in these packs."""
     order = np.argsort(np.asarray(packs), kind="stable")
