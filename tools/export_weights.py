@@ -1,13 +1,14 @@
 """A checkpoint's weights to safetensors files, tensor by tensor.
 
-Threads each hold one tensor, or one block of rows of a large one. A file that is whole is written
-down with its SHA-256, so that an export which was killed goes on after its last whole file.
+Threads each hold one block of rows. Another follows them with the file's SHA-256 while its bytes
+are still in the system's cache, and flushes it while the next file is written. A file that is whole
+is written down with its digest, so that an export which was killed goes on after the last of them.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 from conf.schema import ModelConfig
 from models.hf_state import FUSED_NORMS, Entry, replace_suffix, table
 from pipeline.checkpoint_tensors import CheckpointTensors
-from pipeline.files import digest_and_fsync, read_json, write_json
+from pipeline.files import read_json, write_json
 from tools.safetensors_files import INDEX, SINGLE
 from tools.safetensors_stream import SafetensorsWriter, TensorSpec
 
-BLOCK_BYTES = 64 << 20  # of rows that one thread holds at a time
+# Of rows that one thread holds at a time; allocated from glibc's heap, larger ones are mapped anew.
+BLOCK_BYTES = 16 << 20
 STATE = "export_state.json"  # in the folder aside: what is being written, and what is whole
 Rename = Callable[[str], str]
 
@@ -71,25 +73,42 @@ def write_files(
     identity: str,
     workers: int,
     say: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
 ) -> Mapping[str, str]:
     """Write the files that `folder` does not hold whole yet; returns name -> SHA-256 of all.
 
     Args:
         identity: of everything that decides the bytes; with another one all is written again.
+        check: called before every block; whatever it raises ends the work.
 
     Raises:
         CheckpointError, ValueError: the checkpoint lacks a tensor, or a number does not fit.
     """
     done = _state(folder, identity)
-    for number, file in enumerate(files, start=1):
-        path = folder / file.name
-        if file.name in done and path.is_file():
-            say(f"{file.name}: whole already")
-            continue
-        _write_file(source, model, file, rename, path, workers)
-        done[file.name] = digest_and_fsync(path)[1]
+    behind: tuple[str, Future[str]] | None = None
+
+    def record(name: str, digest: Future[str]) -> None:
+        done[name] = digest.result()
         write_json(folder / STATE, {"identity": identity, "whole": done})
-        say(f"{file.name} written, {number} of {len(files)}")
+        say(f"{name} written, {len(done)} of {len(files)}")
+
+    with ThreadPoolExecutor(workers) as copiers, ThreadPoolExecutor(1) as finisher:
+        for file in files:
+            if file.name in done and (folder / file.name).is_file():
+                say(f"{file.name}: whole already")
+                continue
+            writer = SafetensorsWriter(folder / file.name, file.tensors)
+            digest = finisher.submit(writer.finish)
+            try:
+                _fill(source, model, file, rename, writer, copiers, check)
+            except BaseException:
+                writer.abandon()
+                raise
+            if behind:
+                record(*behind)
+            behind = file.name, digest
+        if behind:
+            record(*behind)
     if len(files) > 1:
         write_json(folder / INDEX, index_of(files))
     return done
@@ -107,42 +126,40 @@ def _state(folder: Path, identity: str) -> dict[str, str]:
     return {}
 
 
-def _write_file(
+def _fill(
     source: CheckpointTensors,
     model: ModelConfig,
     file: WeightFile,
     rename: Rename,
-    path: Path,
-    workers: int,
+    writer: SafetensorsWriter,
+    copiers: ThreadPoolExecutor,
+    check: Callable[[], None],
 ) -> None:
+    """Write every tensor of a file, in the file's order as far as the checkpoint's allows."""
     wanted = {spec.name: spec.dtype for spec in file.tensors}
-    writer = SafetensorsWriter(path, file.tensors)
     stop = threading.Event()
 
     def copy(entry: Entry) -> None:
         for name, first_row, rows in blocks(source, entry):
             if stop.is_set():
                 return
+            check()
             theirs = rename(name)
             if theirs in wanted:
                 writer.write(theirs, convert(rows, wanted[theirs], theirs), first_row)
 
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            tasks = [
-                pool.submit(copy, entry)
-                for entry in table(model)
-                if any(rename(name) in wanted for name in entry.hf)
-            ]
-            finished, _ = wait(tasks, return_when=FIRST_EXCEPTION)
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            for task in finished:
-                task.result()
-        writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
+    def place(entry: Entry) -> int:
+        return min(writer.place(rename(name)) for name in entry.hf if rename(name) in wanted)
+
+    entries = [entry for entry in table(model) if any(rename(name) in wanted for name in entry.hf)]
+    tasks = [copiers.submit(copy, entry) for entry in sorted(entries, key=place)]
+    finished, waiting = wait(tasks, return_when=FIRST_EXCEPTION)
+    stop.set()
+    for task in waiting:
+        task.cancel()
+    wait(waiting)
+    for task in finished:
+        task.result()
 
 
 def blocks(source: CheckpointTensors, entry: Entry) -> Iterator[tuple[str, int, Tensor]]:
@@ -155,18 +172,33 @@ def blocks(source: CheckpointTensors, entry: Entry) -> Iterator[tuple[str, int, 
             f"tensor {name} has shape {list(source.shape(name))} in the checkpoint, its DONE.json "
             f"describes {list(entry.shape)}; one of the two is of another model"
         )
+    row_bytes = max(torch.Size(entry.shape[1:]).numel() * source.dtype(name).itemsize, 1)
+    step = max(BLOCK_BYTES // row_bytes, 1)
     if entry.query_groups:
-        for theirs, part in zip(entry.hf, entry.split(source.read(name)), strict=True):
-            yield theirs, 0, part
+        yield from _query_groups(source, name, entry, step)
         return
     at = 0
     for theirs, shape in zip(entry.hf, entry.shapes, strict=True):
-        row_bytes = max(torch.Size(shape[1:]).numel() * source.dtype(name).itemsize, 1)
-        step = max(BLOCK_BYTES // row_bytes, 1)
         for first in range(0, shape[0], step):
             count = min(step, shape[0] - first)
             yield theirs, first, source.read(name, at + first, count)
         at += shape[0]
+
+
+def _query_groups(
+    source: CheckpointTensors, name: str, entry: Entry, step: int
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Some query groups of q, k and v at a time."""
+    group_rows = entry.shape[0] // entry.query_groups
+    at_once = max(step // group_rows, 1)
+    for first in range(0, entry.query_groups, at_once):
+        groups = min(at_once, entry.query_groups - first)
+        rows = [shape[0] // entry.query_groups for shape in entry.shapes]
+        shapes = [(groups * n, *shape[1:]) for n, shape in zip(rows, entry.shapes, strict=True)]
+        some = replace(entry, shapes=tuple(shapes), query_groups=groups)
+        read = source.read(name, first * group_rows, groups * group_rows)
+        for theirs, count, part in zip(entry.hf, rows, some.split(read), strict=True):
+            yield theirs, first * count, part
 
 
 def convert(rows: Tensor, dtype: torch.dtype, name: str) -> Tensor:

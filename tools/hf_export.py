@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -32,7 +33,7 @@ from data_shards.durable import sync_directory
 from models.hf_state import new_style_name, table
 from pipeline.checkpoint_tensors import CheckpointTensors
 from pipeline.handoff import Done, read_done
-from pipeline.manifest import read_manifest, verify_files
+from pipeline.manifest import CheckpointError, read_manifest, verify_files
 from tools.command import required, run, split_arguments
 from tools.export_weights import STATE, Rename, plan_files, write_files
 from tools.hf_config import TRANSFORMERS, llava_config
@@ -96,18 +97,25 @@ def export(request: Request) -> None:
             "name that one with tokenizer=DIR"
         )
     checkpoint = request.stage / done.checkpoint
-    verify_checkpoint(checkpoint, request.workers)
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.partial")
-    with _alone(aside), CheckpointTensors(checkpoint) as source:
+    with (
+        _alone(aside),
+        _verified(checkpoint, aside) as check,
+        CheckpointTensors(checkpoint) as source,
+    ):
         dtype = request.dtype or source.dtype("image_newline")
         rename = NAMES[request.names]
         files = plan_files(model, dtype, rename, request.shard_bytes)
         facts = [FORMAT, done.checkpoint_digest, str(dtype), request.names, request.shard_bytes]
+        facts += _stamps(checkpoint)
         identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        digests = write_files(source, model, files, rename, aside, identity, request.workers, _say)
+        digests = write_files(
+            source, model, files, rename, aside, identity, request.workers, _say, check
+        )
         _write_small_files(request, tokenizer, model, done, dtype, aside)
         write_checksums(aside, dict(digests))
+        check(whole=True)
         if request.final:
             _certify(request.stage, aside)
         (aside / STATE).unlink()
@@ -130,6 +138,46 @@ def verify_checkpoint(directory: Path, workers: int) -> None:
         checks = [pool.submit(verify_files, directory, manifest, [name]) for name in manifest.files]
         for check in checks:
             check.result()
+
+
+class Check(Protocol):
+    """Raises CheckpointError as soon as a file of the checkpoint is known to be damaged."""
+
+    def __call__(self, whole: bool = False) -> None: ...
+
+
+@contextmanager
+def _verified(checkpoint: Path, aside: Path) -> Iterator[Check]:
+    """Verify every file while the tensors are read; `check(whole=True)` waits for the last.
+
+    What was written from a damaged checkpoint is removed.
+    """
+    manifest = read_manifest(checkpoint)
+    with ThreadPoolExecutor(1) as pool:
+        verdicts = [
+            pool.submit(verify_files, checkpoint, manifest, [name]) for name in manifest.files
+        ]
+
+        def check(whole: bool = False) -> None:
+            for verdict in verdicts:
+                if whole or verdict.done():
+                    verdict.result()
+
+        try:
+            yield check
+        except CheckpointError:
+            for path in aside.iterdir():
+                path.unlink()
+            check(whole=True)  # it names the damaged file, where that is why
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _stamps(checkpoint: Path) -> list[object]:
+    """Size and time of every file: what was read from another one must be read again."""
+    files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _write_small_files(

@@ -4,9 +4,11 @@ The file's layout is the safetensors format's: eight bytes with the header's len
 JSON, the tensors' bytes end to end. The same tensors give the same bytes as `safetensors.torch`.
 """
 
+import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,11 @@ from torch import Tensor
 from pipeline.checkpoint_tensors import bytes_of
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_CHUNK = 1 << 22  # bytes hashed at a time
+
+
+class Abandoned(Exception):
+    """The file will not become whole."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,6 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: Path, tensors: Sequence[TensorSpec]):
-        self._path = path
         # As the library orders them: widest dtype first, then by name.
         ordered = sorted(tensors, key=lambda spec: (-spec.dtype.itemsize, spec.name))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -59,29 +65,71 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self._data_at = 8 + len(text)
         self.size = self._data_at + at
-        self._file = open(path, "wb")
+        self._file = open(path, "w+b")
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._file.flush()
         if at:
             os.posix_fallocate(self._file.fileno(), 0, self.size)
+        self._changed = threading.Condition()
+        self._whole_to = self._data_at  # everything before is written
+        self._islands: dict[int, int] = {}  # first byte -> byte behind, past `_whole_to`
+        self._abandoned = False
+
+    def place(self, name: str) -> int:
+        """Where a tensor begins, in bytes behind the header."""
+        return self._places[name][1]
 
     def write(self, name: str, rows: Tensor, first_row: int = 0) -> None:
-        """Put `rows` (of the tensor's dtype and further dimensions) at its row `first_row`."""
+        """Put `rows` (of the tensor's dtype and further dimensions) at its row `first_row`.
+
+        Each row of each tensor is written once.
+        """
         spec, at = self._places[name]
         assert rows.dtype == spec.dtype and tuple(rows.shape[1:]) == spec.shape[1:], name
         assert first_row + len(rows) <= spec.shape[0], name
         row_bytes = math.prod(spec.shape[1:]) * spec.dtype.itemsize
         view = bytes_of(rows.contiguous())
-        offset = self._data_at + at + first_row * row_bytes
+        begin = offset = self._data_at + at + first_row * row_bytes
         while view:
             count = os.pwrite(self._file.fileno(), view, offset)
             view, offset = view[count:], offset + count
+        if offset > begin:
+            with self._changed:
+                self._islands[begin] = offset
+                while self._whole_to in self._islands:
+                    self._whole_to = self._islands.pop(self._whole_to)
+                self._changed.notify_all()
 
-    def close(self) -> None:
-        """Flush to disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def finish(self) -> str:
+        """SHA-256 of the file, computed behind the writers; then flushes it to disk, and closes.
+
+        Returns once every row has been written, by other threads.
+
+        Raises:
+            Abandoned: `abandon` was called.
+        """
+        digest, at = hashlib.sha256(), 0
+        buffer = memoryview(bytearray(_CHUNK))
+        with self._file:
+            while at < self.size:
+                ready = self._ready(at)
+                while at < ready:
+                    count = os.preadv(self._file.fileno(), [buffer[: ready - at]], at)
+                    digest.update(buffer[:count])
+                    at += count
+            os.fsync(self._file.fileno())
+        return digest.hexdigest()
+
+    def _ready(self, at: int) -> int:
+        """How far the file is whole, once that is past `at`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._abandoned or self._whole_to > at)
+            if self._abandoned:
+                raise Abandoned
+            return self._whole_to
 
     def abandon(self) -> None:
-        """Close without caring; the file is not whole."""
-        self._file.close()
+        """Give up, when no thread writes any more; the file is not whole."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
