@@ -63,6 +63,7 @@ class CheckpointTensors:
                 shape = shapes[index.fqn, start]
                 part = _Part(start, shape, place.relative_path, place.offset, place.length)
                 self._parts[index.fqn].append(part)
+        self._data_at: dict[_Part, int] = {}  # found once a part
         self._files: dict[str, BinaryIO] = {}
         for name in {part.file for parts in self._parts.values() for part in parts}:
             if Path(name).name != name:
@@ -191,7 +192,8 @@ class CheckpointTensors:
         row_numbers = math.prod(part.shape[axis + 1 :])
         low, high = (bound - part.start[axis] for bound in common[axis])
         held = torch.empty(0)
-        data_at = self._data_offset(part, target.dtype, what)
+        if (data_at := self._data_at.get(part)) is None:
+            data_at = self._data_at[part] = self._data_offset(part, target.dtype, what)
         shape = (*part.shape[:axis], high - low, *part.shape[axis + 1 :])
         direct = into.is_contiguous() and tuple(into.shape) == shape
         held = into if direct else torch.empty(shape, dtype=target.dtype)
