@@ -78,8 +78,10 @@ def check(
         tokenizer = default_tokenizer(stage)
         config = from_mapping({**to_mapping(config), "model": dict(done.model)}, str(stage))
         our = OurSide(tokenizer_of(tokenizer), geometry, config)
-        sides = Sides(export, checkpoint, our, special_tokens(tokenizer).bos, python, tokens)
         try:
+            rounded = files.dtype_of(export)
+            bos = special_tokens(tokenizer).bos
+            sides = Sides(export, checkpoint, our, bos, python, tokens, rounded)
             add(*compare(sides, cases(geometry), say))
         except ValueError as error:
             add(Finding("both networks", False, str(error)))

@@ -86,6 +86,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def dtype_of(export: Path) -> str:
+    """The dtype of an export's weights, as torch names it. ValueError where they cannot be read."""
+    with SafetensorsDirectory(export) as source:
+        return str(source.dtype("image_newline")).removeprefix("torch.")
+
+
 def check_names(export: Path, model: ModelConfig) -> Finding:
     """Names and shapes of all tensors."""
     try:
@@ -102,16 +108,22 @@ def check_names(export: Path, model: ModelConfig) -> Finding:
 def check_weights_out(export: Path, source: CheckpointTensors, model: ModelConfig) -> Finding:
     """The checkpoint's numbers, split as the export splits them, bit for bit in the export."""
     problems, count = [], 0
+    rounded: set[str] = set()
     with SafetensorsDirectory(export) as target:
         names = _their_names(target, model)
         for entry in table(model):
             for name, first, rows in blocks(source, entry):
                 theirs = names[name]
                 stored = target.read(theirs, first, len(rows))
+                if stored.dtype != rows.dtype:
+                    rounded.add(f"{rows.dtype} to {stored.dtype}".replace("torch.", ""))
                 if not torch.equal(convert(rows, stored.dtype, name), stored):
                     problems.append(f"{theirs} differs from the checkpoint")
                 count += rows.numel()
-    return yes_or_no("weights, out", sorted(set(problems)), f"{count:,} numbers equal bit for bit")
+    how = f", rounded from {' and '.join(sorted(rounded))}" if rounded else ""
+    return yes_or_no(
+        "weights, out", sorted(set(problems)), f"{count:,} numbers equal bit for bit{how}"
+    )
 
 
 def check_weights_back(export: Path, source: CheckpointTensors, model: ModelConfig) -> Finding:

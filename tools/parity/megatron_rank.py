@@ -63,8 +63,11 @@ def main(arguments: list[str]) -> int:
             torch.set_num_threads(max((os.cpu_count() or 1) // parallel.world_size, 1))
         chunks = build_chunks(config.model, parallel, PrecisionConfig())
         load_model(chunks, Path(spec["checkpoint"]))
+        rounded = getattr(torch, spec["rounded"])
         for chunk in chunks:
             chunk.eval()
+            for parameter in chunk.parameters():
+                parameter.copy_(parameter.to(rounded))
         for name in spec["cases"]:
             with np.load(folder / f"{name}.batch.npz") as arrays:
                 batch = {key: torch.from_numpy(arrays[key]) for key in arrays.files}

@@ -36,6 +36,7 @@ class Sides:
     bos: str | None
     python: Path  # whose transformers reads the export
     tokens: int = GREEDY
+    rounded: str = "float32"  # the export's dtype, to which the trainer's weights are rounded too
 
 
 def compare(sides: Sides, cases: Sequence[Case], say: Callable[[str], None]) -> list[Finding]:
@@ -114,6 +115,7 @@ def _run_ranks(
         "config": to_mapping(sides.our.config),
         "checkpoint": str(sides.checkpoint),
         "folder": str(folder),
+        "rounded": sides.rounded,
         "cases": [case.name for case in cases],
     }
     (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")

@@ -185,6 +185,17 @@ def test_tiles_one_further_are_noticed(stage: Path, monkeypatch: pytest.MonkeyPa
     assert {"pixels", "image features", "logits"} <= set(found), found
 
 
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounded_weights_pass_and_are_said(stage: Path, tmp_path: Path, dtype: str) -> None:
+    folder = tmp_path / "hf"
+    assert run(hf_export.main, [f"stage={stage}", f"out={folder}", f"dtype={dtype}"]) == 0
+    found = parity_gate.check(stage, folder, compose(OVERRIDES), Path(sys.executable), TOKENS)
+    assert not [finding for finding in found if not finding.passed]
+    (weights,) = [finding for finding in found if finding.name == "weights, out"]
+    assert weights.detail.endswith(f"rounded from float32 to {dtype}")
+
+
 def test_changed_file_and_missing_file_are_named(stage: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(stage.parent / "hf", folder)
