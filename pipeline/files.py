@@ -1,14 +1,18 @@
 """Writing so that a kill at any instant leaves the last good state readable."""
 
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_shards.durable import replacing
 
 _CHUNK = 1 << 22  # bytes
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -39,3 +43,18 @@ def digest_and_fsync(path: Path) -> tuple[int, str]:
             digest.update(chunk)
             size += len(chunk)
     return size, digest.hexdigest()
+
+
+@contextmanager
+def saying_where_full(folder: Path, remedy: str) -> Iterator[None]:
+    """Name the folder when the disk is full, which the system's own error does not.
+
+    Raises:
+        OSError: as the block does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(f"{folder} could not be written ({error.strerror}); {remedy}") from error
