@@ -108,7 +108,7 @@ def test_killed_export_goes_on_after_its_last_whole_file(
     stage = run_directory / "import"
     request = hf_export.Request(stage, tmp_path / "hf", shard_bytes=60_000)
     written: list[str] = []
-    original = export_weights._write_file
+    original = export_weights._fill
 
     def dies_at_the_third(*arguments: Any) -> None:
         file = arguments[2]
@@ -118,7 +118,7 @@ def test_killed_export_goes_on_after_its_last_whole_file(
         written.append(file.name)
         original(*arguments)
 
-    monkeypatch.setattr(export_weights, "_write_file", dies_at_the_third)
+    monkeypatch.setattr(export_weights, "_fill", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         hf_export.export(request)
     assert not request.out.exists() and len(written) == 2
@@ -128,7 +128,7 @@ def test_killed_export_goes_on_after_its_last_whole_file(
         again.append(arguments[2].name)
         original(*arguments)
 
-    monkeypatch.setattr(export_weights, "_write_file", counts)
+    monkeypatch.setattr(export_weights, "_fill", counts)
     hf_export.export(request)
     assert again and not set(again) & set(written)
     tensors = read_weights(request.out)

@@ -174,13 +174,13 @@ def test_planted_fault_is_named(stage: Path, tmp_path: Path, plant: Callable[[Pa
 
 @pytest.mark.usefixtures("in_process")
 def test_tiles_one_further_are_noticed(stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = images.write_tiles
+    written = images.write_tiles_from
 
-    def shifted(image: Any, geometry: Any, out_NCHW: np.ndarray) -> None:
-        written(image, geometry, out_NCHW)
+    def shifted(data: bytes, height: int, width: int, geometry: Any, out_NCHW: np.ndarray) -> None:
+        written(data, height, width, geometry, out_NCHW)
         out_NCHW[1:] = np.roll(out_NCHW[1:], 1, axis=0)
 
-    monkeypatch.setattr(images, "write_tiles", shifted)
+    monkeypatch.setattr(images, "write_tiles_from", shifted)
     found = failures(stage, stage.parent / "hf")
     assert {"pixels", "image features", "logits"} <= set(found), found
 
