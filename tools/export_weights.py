@@ -104,8 +104,6 @@ def write_files(
                 _fill(source, model, file, rename, writer, copiers, check)
             except BaseException:
                 writer.abandon()
-                if behind:
-                    record(*behind)
                 raise
             if behind:
                 behind.result()
