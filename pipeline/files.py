@@ -30,7 +30,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
     """Parse a JSON file; ValueError naming file, cause and remedy if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers too long, brackets too deep
         raise ValueError(f"{path}: {what} is damaged ({error}); {remedy}") from None
 
 

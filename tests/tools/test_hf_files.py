@@ -24,8 +24,10 @@ from conf.schema import ModelConfig
 from conf.schema.errors import ConfigError
 from data_shards.chat import ChatTokenizer
 from models.anyres import AnyresGeometry
+from models.hf_state import match_llava, table
 from tests.tools.small_backbones import IMAGE_ID, OVERRIDES, write_tokenizer
-from tools.hf_config import check_llava, check_text, check_vision, llava_config
+from tools.hf_config import check_llava, check_text, check_vision, llava_config, read_config
+from tools.model_from_hf import as_yaml, from_llava, text_of
 from tools.processor_files import (
     import_tokenizer,
     special_ids,
@@ -35,6 +37,8 @@ from tools.processor_files import (
     write_tokenizer as export_tokenizer,
 )
 from tools.safetensors_files import read_weights, write_weights
+from tools.safetensors_reader import SafetensorsDirectory
+from tools.weights_view import WeightsView
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,7 @@ def good_vision() -> dict[str, Any]:
 
 
 HERE = Path("config.json")
+NOT_NUMBERS: tuple[Any, ...] = ("64", -64, 0, 2.5, True, [64], {}, 10**40)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,79 @@ def test_vision_fields_are_checked(
     check_vision({"model_type": "siglip", "vision_config": good_vision()}, model, HERE)
     with pytest.raises(ConfigError, match=message):
         check_vision({**good_vision(), **change}, model, HERE)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, None], ids=repr)
+@pytest.mark.parametrize(
+    "field", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"]
+)
+def test_sizes_that_are_none_are_named(model: ModelConfig, field: str, value: Any) -> None:
+    hostile = {**good_text(), field: value}
+    with pytest.raises(ConfigError, match=rf"config\.json: {field}=.*is not a positive whole"):
+        check_text(hostile, model, HERE)
+    with pytest.raises(ConfigError, match=rf"config\.json: {field}=.*is not a positive whole"):
+        text_of(hostile, HERE)
+
+
+@pytest.mark.parametrize("value", ["1e4", -1.0, 0, float("nan"), float("inf"), True, [1], None])
+def test_measures_that_are_none_are_named(model: ModelConfig, value: Any) -> None:
+    for field, config in (
+        ("rope_theta", {"rope_theta": value}),
+        ("rope_theta", {"rope_parameters": {"rope_theta": value}}),
+        ("rms_norm_eps", {"rms_norm_eps": value}),
+        (r"rope_scaling\.factor", {"rope_scaling": {"rope_type": "linear", "factor": value}}),
+        (r"rope_scaling\.low_freq", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+    ):
+        with pytest.raises(ConfigError, match=rf"config\.json: {field}.*is not a positive number"):
+            check_text({**good_text(), **config}, model, HERE)
+
+
+@pytest.mark.parametrize("value", ["tall", [1], 7])
+def test_parts_that_are_no_objects_are_named(
+    model: ModelConfig, tmp_path: Path, value: Any
+) -> None:
+    whole = llava_config(model, {}, "float32")
+    for field in ("vision_config", "text_config"):
+        with pytest.raises(ConfigError, match=f"config.json: {field} is not a JSON object"):
+            check_llava({**whole, field: value}, model, HERE)
+        (tmp_path / "config.json").write_text(json.dumps({**whole, field: value}))
+        with pytest.raises(ConfigError, match=f"config.json: {field} is not a JSON object"):
+            from_llava("mine", tmp_path)
+    for field in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ConfigError, match=f"config.json: {field} is not a JSON object"):
+            check_text({**good_text(), field: value}, model, HERE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_token_index": None}, "or image_token_index is not what"),
+        ({"image_token_index": "x"}, "or image_token_index is not what"),
+        ({"image_token_index": 10**30}, "model.image_token_id=1000"),
+        ({"image_grid_pinpoints": 5}, "image_grid_pinpoints or"),
+        ({"image_grid_pinpoints": [["a", 1]]}, "image_grid_pinpoints or"),
+        ({"image_grid_pinpoints": [[-32, 32]]}, "model.pinpoints entry"),
+        ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer, "),
+        ({"vision_feature_layer": 99}, "model.vision.feature_layer=99"),
+    ],
+    ids=str,
+)
+def test_llava_fields_are_checked_before_a_model_is_written(
+    model: ModelConfig, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    whole = llava_config(model, {}, "float32")
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    as_yaml(from_llava("mine", tmp_path), "here")
+    (tmp_path / "config.json").write_text(json.dumps({**whole, **change}))
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        as_yaml(from_llava("mine", tmp_path), "here")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a": ' + "9" * 5000 + "}", "[]", "\udcff"])
+def test_config_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"config\.json.*get the checkpoint again"):
+        read_config(tmp_path)
 
 
 def test_config_is_what_transformers_would_write(model: ModelConfig) -> None:
@@ -300,3 +378,93 @@ def test_bad_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         read_weights(tmp_path)
+
+
+def safetensors(header: Any, data: bytes = b"\0" * 8, length: int | None = None) -> bytes:
+    """A file by hand, with whatever header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), at: int = 0) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + 8]}
+
+
+HOSTILE = {
+    "nothing": b"",
+    "a few bytes": b"\1\0",
+    "header beyond the file": safetensors({"a": entry()}, length=1 << 20),
+    "header beyond any file": safetensors({"a": entry()}, length=1 << 62),
+    "header of another kind": safetensors(b"[]"),
+    "brackets": safetensors(b"[" * 100_000),
+    "not UTF-8": safetensors(b'{"\xff": 1}'),
+    "negative offset": safetensors({"a": entry(at=-8)}),
+    "overlap": safetensors({"a": entry(), "b": entry()}),
+    "hole": safetensors({"a": entry(at=8)}, b"\0" * 16),
+    "cut short": safetensors({"a": entry()}, b"\0" * 7),
+    "more behind": safetensors({"a": entry()}, b"\0" * 9),
+    "wrong shape": safetensors({"a": entry(shape=(3,))}),
+    "negative shape": safetensors({"a": entry(shape=(-2,))}),
+    "shape that overflows": safetensors({"a": entry(shape=(1 << 62, 16))}),
+    "no such dtype": safetensors({"a": entry("NaN")}),
+    "int8": safetensors({"a": entry("I8", (8,))}),
+    "float8": safetensors({"a": entry("F8_E4M3", (8,))}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_safetensors_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(HOSTILE[name])
+    remedy = "is damaged .*; get the checkpoint again|give one that is not quantised"
+    with pytest.raises(ValueError, match=rf"model\.safetensors.*({remedy})"):
+        SafetensorsDirectory(tmp_path)
+    with pytest.raises(ValueError, match=rf"model\.safetensors.*({remedy})"):
+        WeightsView(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../x.safetensors", "/etc/x.safetensors", "x\0.safetensors", "x.safetensors\n", "x.bin", 5],
+)
+def test_index_names_files_of_its_own_directory(tmp_path: Path, file: Any) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(ValueError, match=r"index\.json names .*, not a file of its own directory"):
+        SafetensorsDirectory(tmp_path)
+
+
+def test_tensors_that_are_there_twice_are_named(model: ModelConfig, tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
+    for name in "xy":
+        (tmp_path / f"{name}.safetensors").write_bytes(safetensors({"a": entry()}))
+    with pytest.raises(ValueError, match=r"y\.safetensors: tensor a is in x\.safetensors as well"):
+        SafetensorsDirectory(tmp_path)
+    index.unlink()
+    both = {"image_newline": torch.ones(2), "model.image_newline": torch.zeros(2)}
+    save_file(both, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"image_newline.* are the same tensor; remove one"):
+        WeightsView(tmp_path)
+    with pytest.raises(ValueError, match="image_newline is there twice"):
+        match_llava(SafetensorsDirectory(tmp_path).shapes(), model)
+
+
+def test_table_without_rows_cannot_grow(model: ModelConfig) -> None:
+    shapes = {
+        name: shape
+        for part in table(model)
+        for name, shape in zip(part.hf, part.shapes, strict=True)
+    }
+    match_llava(shapes, model)
+    name = "language_model.model.embed_tokens.weight"
+    with pytest.raises(ValueError, match=f"{name} has no rows"):
+        match_llava({**shapes, name: (0, shapes[name][1])}, model)
+
+
+def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
+    """Hugging Face's cache keeps files under other names and links to them."""
+    (tmp_path / "blob").write_bytes(safetensors({"a": entry()}))
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/model.safetensors").symlink_to("../blob")
+    with SafetensorsDirectory(tmp_path / "snapshot") as source:
+        assert source.read("a").tolist() == [0.0, 0.0]

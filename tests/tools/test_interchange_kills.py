@@ -1,13 +1,16 @@
-"""Killed at any moment, export, import and averaging go on or leave nothing that looks finished."""
+"""Killed or out of room, import, export and averaging go on or leave nothing that looks done."""
 
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -349,3 +352,70 @@ def test_average_killed_at_any_moment(averaged: tuple[Path, Path], tmp_path: Pat
         same_stage(out, unbroken)
         assert no_dots(out)
         shutil.rmtree(folder)
+
+
+def with_limit(action: Callable[[], Any], limit: int, said: Path) -> int:
+    """Exit status of `action` where no file may pass `limit` bytes, as where a quota ends."""
+
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with open(said, "w") as file, redirect_stderr(file):
+            return run(lambda _: action() and None, [])
+
+    return status(limited)
+
+
+def test_export_without_room_says_where_and_goes_on(
+    stage: Path, unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert with_limit(exporting(stage, tmp_path / "hf"), 30_000, tmp_path / "said") == 1
+    said = (tmp_path / "said").read_text()
+    assert re.search(r"error: .*/\.hf\.partial could not be written \(.*\); make room", said), said
+    assert not (tmp_path / "hf").exists()
+    exporting(stage, tmp_path / "hf")()
+    assert content(tmp_path / "hf") == unbroken
+
+
+def test_import_and_average_without_room_say_where(
+    run_directory: Path, averaged: tuple[Path, Path], tmp_path: Path
+) -> None:
+    backbones, said = run_directory / "backbones", tmp_path / "said"
+    words = [f"{name}={backbones / name}" for name in ("vision", "language", "tokenizer")]
+    out = tmp_path / "import"
+    importing = hf_import.main, [*OVERRIDES, *words, f"out={out}"]
+    assert with_limit(lambda: importing[0](importing[1]), 50_000, said) == 1
+    assert re.search(r"error: .*/import could not be written \(.*\); make room", said.read_text())
+    assert not is_stage(out)
+    assert run(*importing) == 0
+    same_stage(out, run_directory / "import")
+    mean = tmp_path / "mean"
+    action = lambda: average_checkpoints.average(averaged[0], 2, mean) and None  # noqa: E731
+    assert with_limit(action, 50_000, said) == 1
+    assert re.search(r"error: .*/\.mean\.partial could not be written", said.read_text())
+    assert not mean.exists()
+    action()
+    same_stage(mean, averaged[1])
+    said.unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["import", "mean"]
+
+
+def test_full_disk(stage: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
+    """The system's own: a file system of a few pages."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(small)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(OSError, match=r"hf\.partial could not be written \(No space left"):
+            exporting(stage, small / "hf")()
+        assert not (small / "hf").exists()
+        kept = read_json(small / ".hf.partial" / STATE, "", "")["whole"]
+        assert kept, "not even the first file was whole"
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+        exporting(stage, small / "hf")()
+        assert content(small / "hf") == unbroken
+        assert [path.name for path in small.iterdir()] == ["hf"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
