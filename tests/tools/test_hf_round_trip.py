@@ -235,13 +235,18 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/nowhere")
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a bit": flip_a_bit,
     "cut short": lambda path: os.truncate(path, path.stat().st_size - 10),
     "emptied": lambda path: os.truncate(path, 0),
     "longer": lambda path: path.open("ab").write(b"more"),
     "missing": Path.unlink,
-    "a link to nothing": lambda path: (path.unlink(), path.symlink_to("/nowhere")),
+    "a link to nothing": link_to_nothing,
 }
 
 
