@@ -117,7 +117,7 @@ demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
 	$(HERE) $(PY) -m tools.demo run=$(RUN) $(ARGS)
 
 test: $(READY) ## all tests; what is skipped is listed with its reason
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from pathlib import Path
+from typing import Any
 
 # Before anything imports torch: the tests run several at a time on few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,7 +44,7 @@ NEEDS = {"gpu": _no_gpu, "slurm": _no_slurm}
 
 
 # Rooms whose tests share what is costly to make (processes with torch in them, a trained run, a
-# Slurm): one worker of pytest-xdist takes all of a group (--dist loadgroup).
+# Slurm): one worker of pytest-xdist takes all of a group.
 GROUPS = {
     "models": "ranks",
     "parity": "ranks",
@@ -54,15 +54,21 @@ GROUPS = {
 }
 
 
-# Before xdist's own hook, which a worker registers later and which reads the marks.
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep rooms together (the marks of `--dist loadgroup` are lost since pytest 9.2)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RoomScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            room = nodeid.removeprefix("tests/").split("/")[0]
+            return GROUPS.get(room, nodeid)
+
+    return RoomScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep rooms together; skip, with the reason, tests whose machine this is not."""
-    here = Path(__file__).parent
-    for item in items:
-        room = item.path.relative_to(here).parts[0]
-        if room in GROUPS:
-            item.add_marker(pytest.mark.xdist_group(GROUPS[room]))
+    """Skip, with the reason, tests whose machine this is not."""
     for marker, lacking in NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = lacking() if marked else ""

@@ -125,12 +125,18 @@ def _serve(modules: Sequence[str]) -> None:
 
 
 def _fork(request: Mapping[str, Any], answers: Any) -> int:
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(writing)
+        os.read(reading, 1)  # ends when the child leads a process group that can be killed
+        os.close(reading)
         return pid
     code = 1
     try:
         os.setsid()
+        os.close(writing)
+        os.close(reading)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.close(answers.fileno())
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -327,8 +327,10 @@ def test_requeued_element_passes_over_what_is_done(slurm: ThrowAwaySlurm, tmp_pa
         f"import time; [time.sleep(0.1) for _ in range(300) if not os.path.exists('{go}')]",
     )
     assert array.submit("elements=1") == 0
-    array.wait(lambda: array.starts("second") == 1)
+    array.wait(lambda: (array.root / "pids" / "second").exists() and array.pid("second") > 0)
+    pid = array.pid("second")
     slurm.run("scontrol", "requeue", f"{array.job_id('001')}_0")
+    array.wait(lambda: not processes.alive(pid))
     go.touch()
     array.wait(lambda: len(array.done()) == 2 and array.live() == 0)
     assert (array.starts("first"), array.starts("second")) == (1, 2)

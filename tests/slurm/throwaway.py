@@ -390,7 +390,7 @@ class ThrowAwaySlurm:
         states = ["--states=all"] if all_states else []
         return self.run("squeue", "--noheader", "--format=%i", *states).stdout.split()
 
-    def cancel_all(self, timeout: float = 40) -> None:
+    def cancel_all(self, timeout: float = 120) -> None:
         """Cancel every job and wait until none is left."""
         if self.job_ids():
             self.run("scancel", f"--user={self.user}")
