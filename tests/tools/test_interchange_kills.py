@@ -100,6 +100,11 @@ def test_export_killed_again_and_again(
         assert kills < 40
     assert kills > 2
     assert content(tmp_path / "hf") == unbroken
+    shutil.rmtree(tmp_path / "hf")
+    while status(exporting(stage, tmp_path / "hf"), after_s=0.02 + 0.1 * kills * draw.random()):
+        assert not (tmp_path / "hf").exists()  # killed at a time, not at a change
+        kills += 1
+    assert content(tmp_path / "hf") == unbroken
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -291,7 +296,12 @@ def test_import_killed_at_any_moment(run_directory: Path, tmp_path: Path) -> Non
     def importing(out: Path) -> Callable[[], int]:
         return lambda: run(hf_import.main, [*OVERRIDES, *words, f"out={out}"])
 
+    other = [*OVERRIDES, *words, f"out={tmp_path / 'seeded'}", "seed=5"]
     count = changes(importing(tmp_path / "counted"), tmp_path / "count")
+    assert status(importing(tmp_path / "seeded"), count - 8) == -signal.SIGKILL
+    assert not is_stage(tmp_path / "seeded") and run(hf_import.main, other) == 0
+    drawn = numbers(tmp_path / "seeded")["image_newline"]
+    assert not torch.equal(drawn, numbers(run_directory / "import")["image_newline"])
     for at in moments(count, 16):
         folder = tmp_path / f"at{at}"
         out = folder / "import"
@@ -303,6 +313,25 @@ def test_import_killed_at_any_moment(run_directory: Path, tmp_path: Path) -> Non
         same_stage(out, run_directory / "import")
         assert no_dots(folder), f"killed at {at} of {count}"
         shutil.rmtree(folder)
+
+
+def test_import_leaves_others_alone(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither two at once, nor into a stage in training, whose checkpoints it would prune."""
+    words = [*OVERRIDES, f"llava={run_directory / 'hf'}", f"out={tmp_path / 'stage1'}"]
+    with only_one(tmp_path / ".stage1.import.lock", "this test"):
+        assert run(hf_import.main, words) == 1
+    assert "another import is writing" in capsys.readouterr().err
+    assert not (tmp_path / "stage1").exists()
+    for step in (5, 10):
+        shutil.copytree(
+            step_directory(run_directory / "import", 0), step_directory(tmp_path / "stage1", step)
+        )
+    before = content(tmp_path)
+    assert run(hf_import.main, words) == 1
+    assert "holds a training run's checkpoints; choose another out=" in capsys.readouterr().err
+    assert content(tmp_path) == before
 
 
 def no_dots(folder: Path) -> bool:
