@@ -30,7 +30,7 @@ if rank:
     sys.exit({"stop": 143, "fail": 7}.get(word, 0))
 time.sleep(0.2)
 starts.write_text(str(number + 1))
-print(f"step {number + 1} {word}\n", end="", flush=True)  # one write: srun labels each
+print(f"step {number + 1} {word}\\n", end="", flush=True)  # one write: srun labels each
 if word == "hang":
     time.sleep(600)
 if word == "fail":
