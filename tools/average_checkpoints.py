@@ -15,18 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conf.schema import ModelConfig
 from data_shards.durable import sync_directory
-from models.hf_state import table
+from models.hf_state import FUSED_NORMS, replace_suffix, table
 from pipeline.checkpoint_files import saved_steps, step_directory
 from pipeline.checkpoint_tensors import CheckpointTensors
 from pipeline.checkpoint_writer import LazyPart, write_checkpoint
 from pipeline.files import digest_and_fsync, saying_where_full
 from pipeline.handoff import DONE, read_done, write_done
-from pipeline.manifest import MANIFEST, read_manifest
+from pipeline.manifest import MANIFEST, CheckpointError, read_manifest
 from tools.aside import clear, filling, must_be_free
 from tools.command import required, run, split_arguments
 from tools.hf_export import model_of, verify_checkpoint
-from tools.import_weights import BLOCK_BYTES, checkpoint_name
+from tools.import_weights import BLOCK_BYTES
 
 USAGE = "python -m tools.average_checkpoints stage=DIR last=K out=DIR [workers=2]"
 
@@ -62,6 +63,26 @@ def mean_parts(sources: list[CheckpointTensors], names: list[str]) -> list[LazyP
     return parts
 
 
+def stored_names(source: CheckpointTensors, model: ModelConfig) -> list[str]:
+    """The model's tensors as the checkpoint calls them.
+
+    Raises:
+        CheckpointError: one is not there.
+    """
+    names = set()
+    for entry in table(model):
+        fused = replace_suffix(entry.megatron, FUSED_NORMS)
+        names.add(source.find(fused if source.has(fused) else entry.megatron)[0])
+    return sorted(names)
+
+
+def shapes(
+    source: CheckpointTensors, names: list[str]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of tensors by their names in the checkpoint."""
+    return {name: (source.stored_shape(name), source.stored_dtype(name)) for name in names}
+
+
 def average(stage: Path, last: int, out: Path, workers: int = 2) -> Path:
     """Write `out`, a finished stage with the mean weights; returns its checkpoint.
 
@@ -89,11 +110,15 @@ def average(stage: Path, last: int, out: Path, workers: int = 2) -> Path:
         must_be_free(out)  # whoever was writing may have ended meanwhile
         clear(aside)
         sources = [opened.enter_context(CheckpointTensors(folder)) for folder in folders]
-        names = sorted(
-            {checkpoint_name(entry.megatron)[0] for entry in table(model_of(done, stage))}
-        )
+        names = [stored_names(source, model_of(done, stage)) for source in sources]
+        for folder, source, theirs in zip(folders, sources, names, strict=True):
+            if shapes(source, theirs) != shapes(sources[0], names[0]):
+                raise CheckpointError(
+                    f"{folder} holds other tensors than {folders[0].name}; average fewer, or "
+                    "remove the one that is not of this run"
+                )
         manifest = replace(read_manifest(folders[-1]), files={})
-        checkpoint = write_checkpoint(mean_parts(sources, names), aside, manifest, workers)
+        checkpoint = write_checkpoint(mean_parts(sources, names[0]), aside, manifest, workers)
         digest = digest_and_fsync(checkpoint / MANIFEST)[1]
         relative = checkpoint.relative_to(aside)
         write_done(aside, replace(done, checkpoint=str(relative), checkpoint_digest=digest))

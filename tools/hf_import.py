@@ -128,6 +128,8 @@ def import_model(
     for change in import_tokenizer(tokenizer, out / "tokenizer", model.image_token_id):
         print(f"note: tokenizer: {change}; build shards with data.tokenizer={out / 'tokenizer'}")
     ids = special_ids(out / "tokenizer")
+    # Before the weights, which take long: its template may be none that can be read.
+    tokenizer_digest = ChatTokenizer.from_directory(out / "tokenizer").digest()
     (out / "processor").mkdir(exist_ok=True)
     write_processor(model, out / "processor")
     write_atomically(out / "config.yaml", dump(config).encode())
@@ -171,7 +173,7 @@ def import_model(
         checkpoint_digest=digest_and_fsync(checkpoint / MANIFEST)[1],
         step=0,
         model=asdict(model),
-        tokenizer_digest=ChatTokenizer.from_directory(out / "tokenizer").digest(),
+        tokenizer_digest=tokenizer_digest,
         geometry_digest=AnyresGeometry.from_model(model).digest(),
     )
     write_done(out, done)

@@ -271,6 +271,19 @@ def test_damaged_checkpoint_is_refused_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["import"]
 
 
+@pytest.mark.parametrize("template", [b"\xff\xfe", b"{% for %}", b"{{ x"])
+def test_unreadable_template_is_refused_before_the_weights(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: bytes
+) -> None:
+    tokenizer, out = tmp_path / "tokenizer", tmp_path / "import"
+    shutil.copytree(run_directory / "backbones/tokenizer", tokenizer)
+    (tokenizer / "chat_template.jinja").write_bytes(template)
+    words = [f"llava={run_directory / 'hf'}", f"tokenizer={tokenizer}", f"out={out}"]
+    assert run(hf_import.main, [*OVERRIDES, *words]) == 1
+    assert "template" in capsys.readouterr().err
+    assert not (out / "checkpoints").exists() and not (out / "DONE.json").exists()
+
+
 def test_another_tokenizer_is_refused(
     run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
