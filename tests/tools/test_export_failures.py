@@ -69,18 +69,28 @@ def test_thread_that_copies(
     assert nothing_open(request_.out.parent)
 
 
-@pytest.mark.parametrize("breaking", ["finish", "fsync"])
+@pytest.mark.parametrize("breaking", ["finish", "fsync", "preadv"])
 def test_thread_that_finishes_while_others_write(
     request_: hf_export.Request, monkeypatch: pytest.MonkeyPatch, breaking: str
 ) -> None:
     def breaks(*_: Any) -> str:
         raise OSError(5, "Input/output error")
 
+    original = os.preadv
+
+    def breaks_behind(descriptor: int, *arguments: Any) -> int:
+        """Of the export's files only: the checkpoint is read by the same call."""
+        if ".hf.partial" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            breaks()
+        return original(descriptor, *arguments)
+
     with monkeypatch.context() as patched:
         if breaking == "finish":
             patched.setattr(SafetensorsWriter, "finish", breaks)
-        else:
+        elif breaking == "fsync":
             patched.setattr(os, "fsync", breaks)
+        else:
+            patched.setattr(os, "preadv", breaks_behind)
         error = in_time(lambda: hf_export.export(request_))
     assert isinstance(error, OSError) and not request_.out.exists()
     hf_export.export(request_)

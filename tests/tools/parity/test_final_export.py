@@ -97,3 +97,10 @@ def test_certificate_of_a_kill_is_not_taken_over(stage: Path, tmp_path: Path) ->
     assert run(hf_export.main, [f"stage={stage}", f"out={out}"]) == 0
     assert not (out / CERTIFICATE).exists()
     assert CERTIFICATE not in (out / "SHA256SUMS").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"format": 1}', "\0"])
+def test_certificate_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "SHA256SUMS").write_text("")
+    (tmp_path / CERTIFICATE).write_text(text)
+    assert not certified(tmp_path)
