@@ -37,6 +37,10 @@ class FileLock:
         """Take it together with others, waiting while one has it alone."""
         self._flock(fcntl.LOCK_SH)
 
+    def fileno(self) -> int:
+        """Descriptor of the open file, whatever its name has become."""
+        return self._file.fileno()
+
     def release(self) -> None:
         """Let go; harmless when it is not held."""
         self._file.close()

@@ -17,7 +17,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(
             f"{path} cannot be read ({one_line(error)}); point data.tokenizer at a Hugging Face "
             "tokenizer directory"
@@ -31,7 +31,12 @@ def read_template(directory: Path, config: Mapping[str, Any]) -> str:
     """The chat template, from its own file or from the settings. Raises TokenizerError."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(
+                f"{path} cannot be read ({one_line(error)}); restore it from the tokenizer's origin"
+            ) from None
     template = config.get("chat_template")
     if not isinstance(template, str):
         raise TokenizerError(

@@ -314,6 +314,10 @@ def _match(
 
 
 def _check_growth(rows: Shape, shape: Shape, name: str) -> None:
+    if rows[:1] == (0,):
+        raise ValueError(
+            f"tensor {name} has no rows, so none to grow from; get the checkpoint again"
+        )
     if len(rows) == 2 and rows[1] == shape[1] and rows[0] > shape[0]:
         raise ValueError(
             f"tensor {name} has {rows[0]} rows, more than the {shape[0]} of the "

@@ -9,8 +9,10 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -58,10 +61,28 @@ class LazyPart:
     read: Callable[[], Tensor]
 
 
+class _Files(FileSystem):
+    """Torch's files, keeping what went wrong: the writer forgets what its threads raise, and would
+    finish a checkpoint without their parts."""
+
+    def __init__(self, failures: list[BaseException]):
+        super().__init__()
+        self._failures = failures
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IOBase]:
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        except BaseException as error:
+            self._failures.append(error)
+
+
 class _LazyPlanner(SavePlanner):
     """Plans all parts, asks for each when the writer comes to it."""
 
-    def __init__(self, parts: Sequence[LazyPart]):
+    def __init__(self, parts: Sequence[LazyPart], failures: list[BaseException]):
+        self._failures = failures
         self._parts = {(part.name, part.start): part for part in parts}
         assert len(self._parts) == len(parts), "a part is there twice"
 
@@ -93,6 +114,8 @@ class _LazyPlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
+        if self._failures:  # another thread's; the rest would be written for nothing
+            raise self._failures[0]
         offset = write_item.index.offset
         assert offset is not None
         part = self._parts[write_item.index.fqn, tuple(offset)]
@@ -121,14 +144,19 @@ def write_checkpoint(
     try:
         place.aside.mkdir()
         writer = dcp.FileSystemWriter(place.aside, thread_count=workers, sync_files=False)
+        failures: list[BaseException] = []
+        writer.fs = _Files(failures)
         # Widest first, so that the threads end together.
         ordered = sorted(parts, key=lambda part: -torch.Size(part.shape).numel())
         try:
             with warnings.catch_warnings():  # it warns that this is one process
                 warnings.simplefilter("ignore", UserWarning)
-                dcp.save({}, storage_writer=writer, planner=_LazyPlanner(ordered), no_dist=True)
-        except dcp.CheckpointException as error:
-            raise _cause(error) from error
+                planner = _LazyPlanner(ordered, failures)
+                dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except dcp.CheckpointException as error:  # of this thread, Ctrl-C among them
+            failures += [wrapped[0] for wrapped in error.failures.values()] or [error]
+        if failures:
+            raise _cause(failures[0])
         (place.aside / "metadata.json").write_text(json.dumps(_FORMAT))
         torch.save({}, place.aside / "common.pt")
         files = {path.name: digest_and_fsync(path) for path in sorted(place.aside.iterdir())}
@@ -144,10 +172,9 @@ def write_checkpoint(
     return final
 
 
-def _cause(error: dcp.CheckpointException) -> BaseException:
-    """What a part's `read` raised, out of torch's wrapping."""
-    for wrapped in error.failures.values():
-        inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-        if isinstance(inner, (ValueError, OSError)):
-            return inner
-    return error
+def _cause(error: BaseException) -> BaseException:
+    """What a part's `read` or the disk raised, behind what torch's archive made of it."""
+    behind: BaseException | None = error
+    while behind and not isinstance(behind, ValueError | OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind or error

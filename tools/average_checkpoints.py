@@ -8,22 +8,26 @@ be of this stage and whole; `stage.checkpoint.keep` says how many a run keeps.
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.hf_state import table
+from conf.schema import ModelConfig
+from data_shards.durable import sync_directory
+from models.hf_state import FUSED_NORMS, replace_suffix, table
 from pipeline.checkpoint_files import saved_steps, step_directory
 from pipeline.checkpoint_tensors import CheckpointTensors
 from pipeline.checkpoint_writer import LazyPart, write_checkpoint
-from pipeline.files import digest_and_fsync
+from pipeline.files import digest_and_fsync, saying_where_full
 from pipeline.handoff import DONE, read_done, write_done
-from pipeline.manifest import MANIFEST, read_manifest
+from pipeline.manifest import MANIFEST, CheckpointError, read_manifest
+from tools.aside import clear, filling, must_be_free
 from tools.command import required, run, split_arguments
 from tools.hf_export import model_of, verify_checkpoint
-from tools.import_weights import BLOCK_BYTES, checkpoint_name
+from tools.import_weights import BLOCK_BYTES
 
 USAGE = "python -m tools.average_checkpoints stage=DIR last=K out=DIR [workers=2]"
 
@@ -59,14 +63,35 @@ def mean_parts(sources: list[CheckpointTensors], names: list[str]) -> list[LazyP
     return parts
 
 
+def stored_names(source: CheckpointTensors, model: ModelConfig) -> list[str]:
+    """The model's tensors as the checkpoint calls them.
+
+    Raises:
+        CheckpointError: one is not there.
+    """
+    names = set()
+    for entry in table(model):
+        fused = replace_suffix(entry.megatron, FUSED_NORMS)
+        names.add(source.find(fused if source.has(fused) else entry.megatron)[0])
+    return sorted(names)
+
+
+def shapes(
+    source: CheckpointTensors, names: list[str]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of tensors by their names in the checkpoint."""
+    return {name: (source.stored_shape(name), source.stored_dtype(name)) for name in names}
+
+
 def average(stage: Path, last: int, out: Path, workers: int = 2) -> Path:
     """Write `out`, a finished stage with the mean weights; returns its checkpoint.
+
+    It is written aside and renamed; after a kill the same command begins anew.
 
     Raises:
         ValueError: too few checkpoints, a damaged one, `out` exists.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists already; remove it or choose another out=")
+    must_be_free(out)
     done = read_done(stage)
     steps = saved_steps(stage)[-last:]
     if len(steps) < last:
@@ -77,20 +102,30 @@ def average(stage: Path, last: int, out: Path, workers: int = 2) -> Path:
     folders = [step_directory(stage, step) for step in steps]
     for folder in folders:
         verify_checkpoint(folder, workers)
-    sources = [CheckpointTensors(folder) for folder in folders]
-    try:
-        names = sorted(
-            {checkpoint_name(entry.megatron)[0] for entry in table(model_of(done, stage))}
-        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.partial")
+    with ExitStack() as opened:
+        opened.enter_context(filling(aside))
+        opened.enter_context(saying_where_full(aside, "make room and run the same command again"))
+        must_be_free(out)  # whoever was writing may have ended meanwhile
+        clear(aside)
+        sources = [opened.enter_context(CheckpointTensors(folder)) for folder in folders]
+        names = [stored_names(source, model_of(done, stage)) for source in sources]
+        for folder, source, theirs in zip(folders, sources, names, strict=True):
+            if shapes(source, theirs) != shapes(sources[0], names[0]):
+                raise CheckpointError(
+                    f"{folder} holds other tensors than {folders[0].name}; average fewer, or "
+                    "remove the one that is not of this run"
+                )
         manifest = replace(read_manifest(folders[-1]), files={})
-        checkpoint = write_checkpoint(mean_parts(sources, names), out, manifest, workers)
-    finally:
-        for source in sources:
-            source.close()
-    digest = digest_and_fsync(checkpoint / MANIFEST)[1]
-    relative = str(checkpoint.relative_to(out))
-    write_done(out, replace(done, checkpoint=relative, checkpoint_digest=digest))
-    return checkpoint
+        checkpoint = write_checkpoint(mean_parts(sources, names[0]), aside, manifest, workers)
+        digest = digest_and_fsync(checkpoint / MANIFEST)[1]
+        relative = checkpoint.relative_to(aside)
+        write_done(aside, replace(done, checkpoint=str(relative), checkpoint_digest=digest))
+        sync_directory(aside)
+        aside.rename(out)
+        sync_directory(out.parent)
+    return out / relative
 
 
 def main(arguments: list[str]) -> None:

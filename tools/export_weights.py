@@ -1,8 +1,8 @@
 """A checkpoint's weights to safetensors files, tensor by tensor.
 
 Threads each hold one block of rows. Another follows them with the file's SHA-256 while its bytes
-are still in the system's cache, and flushes it while the next file is written. A file that is whole
-is written down with its digest, so that an export which was killed goes on after the last of them.
+are still in the system's cache, and flushes it while the next file is written. It then writes down
+that the file is whole, so that an export which was killed goes on after the last of them.
 """
 
 import threading
@@ -18,6 +18,7 @@ from conf.schema import ModelConfig
 from models.hf_state import FUSED_NORMS, Entry, replace_suffix, table
 from pipeline.checkpoint_tensors import CheckpointTensors
 from pipeline.files import read_json, write_json
+from tools.aside import clear
 from tools.safetensors_files import INDEX, SINGLE
 from tools.safetensors_stream import SafetensorsWriter, TensorSpec
 
@@ -84,48 +85,52 @@ def write_files(
     Raises:
         CheckpointError, ValueError: the checkpoint lacks a tensor, or a number does not fit.
     """
-    done = _state(folder, identity)
-    behind: tuple[str, Future[str]] | None = None
+    done = _state(folder, identity, [file.name for file in files])
+    behind: Future[None] | None = None
 
-    def record(name: str, digest: Future[str]) -> None:
-        done[name] = digest.result()
+    def finish(name: str, writer: SafetensorsWriter) -> None:
+        done[name] = writer.finish()
         write_json(folder / STATE, {"identity": identity, "whole": done})
         say(f"{name} written, {len(done)} of {len(files)}")
 
     with ThreadPoolExecutor(workers) as copiers, ThreadPoolExecutor(1) as finisher:
         for file in files:
-            if file.name in done and (folder / file.name).is_file():
+            if file.name in done:
                 say(f"{file.name}: whole already")
                 continue
             writer = SafetensorsWriter(folder / file.name, file.tensors)
-            digest = finisher.submit(writer.finish)
             try:
+                ahead = finisher.submit(finish, file.name, writer)
                 _fill(source, model, file, rename, writer, copiers, check)
             except BaseException:
                 writer.abandon()
-                if behind:
-                    record(*behind)
                 raise
             if behind:
-                record(*behind)
-            behind = file.name, digest
+                behind.result()
+            behind = ahead
         if behind:
-            record(*behind)
+            behind.result()
     if len(files) > 1:
         write_json(folder / INDEX, index_of(files))
     return done
 
 
-def _state(folder: Path, identity: str) -> dict[str, str]:
+def _state(folder: Path, identity: str, names: Sequence[str]) -> dict[str, str]:
+    """Which of the files `names` are whole, and their digests; all else in `folder` is removed."""
     path = folder / STATE
+    whole: dict[str, str] = {}
     if path.is_file():
         state = read_json(path, "the state of an export", f"remove {folder}")
         if isinstance(state, dict) and state.get("identity") == identity:
-            return {str(name): str(digest) for name, digest in state["whole"].items()}
-    for leftover in folder.iterdir():
-        leftover.unlink()
-    write_json(path, {"identity": identity, "whole": {}})
-    return {}
+            found = state.get("whole")
+            whole = {
+                name: str(found[name])
+                for name in names
+                if isinstance(found, dict) and name in found and (folder / name).is_file()
+            }
+    clear(folder, keep=[STATE, *whole])
+    write_json(path, {"identity": identity, "whole": whole})
+    return whole
 
 
 def _fill(
@@ -154,12 +159,16 @@ def _fill(
         return min(writer.place(rename(name)) for name in entry.hf if rename(name) in wanted)
 
     entries = [entry for entry in table(model) if any(rename(name) in wanted for name in entry.hf)]
-    tasks = [copiers.submit(copy, entry) for entry in sorted(entries, key=place)]
-    finished, waiting = wait(tasks, return_when=FIRST_EXCEPTION)
-    stop.set()
-    for task in waiting:
-        task.cancel()
-    wait(waiting)
+    tasks: list[Future[None]] = []
+    try:
+        for entry in sorted(entries, key=place):
+            tasks.append(copiers.submit(copy, entry))
+        finished, _ = wait(tasks, return_when=FIRST_EXCEPTION)
+    finally:  # whatever happened, Ctrl-C included: nobody writes any more when this is left
+        stop.set()
+        for task in tasks:
+            task.cancel()
+        wait(tasks)
     for task in finished:
         task.result()
 

@@ -39,6 +39,17 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
 }
 
+_SIZES = {*SIGLIP_DEFAULTS, *LLAMA_DEFAULTS, "num_key_value_heads", "head_dim"} - {
+    "hidden_act",
+    "layer_norm_eps",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+}
+_MEASURES = ("layer_norm_eps", "rms_norm_eps", "rope_theta")
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory."""
@@ -51,12 +62,57 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def section(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """A part of a configuration that is an object itself; empty where it is not there."""
+    found = config.get(name) or {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: {name} is not a JSON object; get the checkpoint again")
+    return found
+
+
+def numbers_in(config: dict[str, Any], defaults: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`config` over `defaults`, every size and measure a number that can be one.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    found = {**defaults, **config}
+    for field in sorted(_SIZES & set(found)):
+        value = found[field]
+        if value is None and field in ("num_key_value_heads", "head_dim"):
+            continue  # as many as heads, and what is left for each
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise ConfigError(
+                f"{path}: {field}={_short(value)} is not a positive whole number; get the "
+                "checkpoint again"
+            )
+    for field in _MEASURES:
+        if field in found:
+            found[field] = measure(found[field], field, path)
+    return found
+
+
+def measure(value: Any, field: str, path: Path) -> float:
+    """`value` as a positive, finite number."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if 0 < value < 1e30:
+            return float(value)
+    raise ConfigError(
+        f"{path}: {field}={_short(value)} is not a positive number; get the checkpoint again"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def check_vision(config: dict[str, Any], model: ModelConfig, path: Path) -> None:
     """A SigLIP configuration (or the vision half of one) against `model.vision`."""
     if config.get("model_type") == "siglip":
-        config = {"model_type": "siglip_vision_model", **config.get("vision_config", {})}
+        config = {"model_type": "siglip_vision_model", **section(config, "vision_config", path)}
     _expect_type(config, "siglip_vision_model", path)
-    vision, found = model.vision, {**SIGLIP_DEFAULTS, **config}
+    vision, found = model.vision, numbers_in(config, SIGLIP_DEFAULTS, path)
     _expect_fixed(found, {"num_channels": 3, "hidden_act": "gelu_pytorch_tanh"}, path)
     _expect(
         found,
@@ -76,13 +132,12 @@ def check_vision(config: dict[str, Any], model: ModelConfig, path: Path) -> None
 def check_text(config: dict[str, Any], model: ModelConfig, path: Path) -> None:
     """A Llama configuration against `model.text`; the vocabulary may be smaller than ours."""
     _expect_type(config, "llama", path)
-    text, found = model.text, {**LLAMA_DEFAULTS, **config}
+    text, found = model.text, numbers_in(config, LLAMA_DEFAULTS, path)
     found["num_key_value_heads"] = config.get("num_key_value_heads") or found["num_attention_heads"]
     found["head_dim"] = config.get("head_dim") or (
         found["hidden_size"] // found["num_attention_heads"]
     )
-    rope = config.get("rope_parameters") or {}
-    found["rope_theta"] = rope.get("rope_theta", found["rope_theta"])
+    found["rope_theta"] = rope_theta(config, path)
     found["rope_scaling"] = rope_scaling(config, path)
     fixed = {
         "hidden_act": "silu",
@@ -116,30 +171,40 @@ def check_text(config: dict[str, Any], model: ModelConfig, path: Path) -> None:
         )
 
 
+def rope_theta(config: dict[str, Any], path: Path) -> float:
+    """RoPE's base, in the form of 4.57.6 or of 5.x."""
+    stated = section(config, "rope_parameters", path)
+    either = config.get("rope_theta", LLAMA_DEFAULTS["rope_theta"])
+    return measure(stated.get("rope_theta", either), "rope_theta", path)
+
+
 def rope_scaling(config: dict[str, Any], path: Path) -> RopeScaling:
     """The scaling that a Llama configuration states, in the form of 4.57.6 or of 5.x.
 
     Raises:
         ConfigError: a kind that is not known here.
     """
-    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    stated = section(config, "rope_scaling", path) or section(config, "rope_parameters", path)
     kind = stated.get("rope_type", stated.get("type", "default"))
     if kind == "default":
         return RopeScaling()
     if kind not in ROPE_SCALINGS:
         raise ConfigError(
-            f"{path}: rope_scaling={stated} is not supported, only {', '.join(ROPE_SCALINGS[1:])}; "
-            "give a checkpoint with one of these or without"
+            f"{path}: rope_scaling={_short(stated)} is not supported, only "
+            f"{', '.join(ROPE_SCALINGS[1:])}; give a checkpoint with one of these or without"
         )
-    factor = float(stated["factor"])
+
+    def stretch(name: str) -> float:
+        return measure(stated.get(name), f"rope_scaling.{name}", path)
+
     if kind == "linear":
-        return RopeScaling(kind, factor)
+        return RopeScaling(kind, stretch("factor"))
     return RopeScaling(
         kind,
-        factor,
-        float(stated["low_freq_factor"]),
-        float(stated["high_freq_factor"]),
-        int(stated["original_max_position_embeddings"]),
+        stretch("factor"),
+        stretch("low_freq_factor"),
+        stretch("high_freq_factor"),
+        int(stretch("original_max_position_embeddings")),
     )
 
 
@@ -160,8 +225,8 @@ def stated_scaling(scaling: RopeScaling) -> dict[str, Any] | None:
 def check_llava(config: dict[str, Any], model: ModelConfig, path: Path) -> None:
     """A whole `LlavaNextForConditionalGeneration` configuration against `model`."""
     _expect_type(config, "llava_next", path)
-    check_vision(config.get("vision_config") or {}, model, path)
-    check_text(config.get("text_config") or {}, model, path)
+    check_vision(section(config, "vision_config", path), model, path)
+    check_text(section(config, "text_config", path), model, path)
     fixed = {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "full"}
     _expect_fixed({**fixed, "vision_feature_select_strategy": "default", **config}, fixed, path)
     pinpoints = [list(pair) for pair in AnyresGeometry.from_model(model).pinpoints]

@@ -11,18 +11,16 @@ tokenizer is the one of the run's `import/` unless named; its
 digest must be the one the stage was trained with.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -32,8 +30,10 @@ from data_shards.chat import ChatTokenizer
 from data_shards.durable import sync_directory
 from models.hf_state import new_style_name, table
 from pipeline.checkpoint_tensors import CheckpointTensors
-from pipeline.handoff import Done, read_done
-from pipeline.manifest import CheckpointError, read_manifest, verify_files
+from pipeline.files import digest_and_fsync, saying_where_full
+from pipeline.handoff import DONE, Done, read_done
+from pipeline.manifest import MANIFEST, CheckpointError, read_manifest, verify_files
+from tools.aside import clear, filling, must_be_free
 from tools.command import required, run, split_arguments
 from tools.export_weights import STATE, Rename, plan_files, write_files
 from tools.hf_config import TRANSFORMERS, llava_config
@@ -86,8 +86,7 @@ def export(request: Request) -> None:
             is not its own. Nothing stands under the name `out`.
     """
     out = request.out
-    if out.exists():
-        raise ValueError(f"{out} exists already; remove it or choose another out=")
+    must_be_free(out)
     done = read_done(request.stage)
     model = model_of(done, request.stage)
     tokenizer = request.tokenizer or default_tokenizer(request.stage)
@@ -99,16 +98,19 @@ def export(request: Request) -> None:
     checkpoint = request.stage / done.checkpoint
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.partial")
+    remedy = "make room and run the same command: it goes on after the last whole file"
     with (
-        _alone(aside),
-        _verified(checkpoint, aside) as check,
+        filling(aside),
+        saying_where_full(aside, remedy),
+        _verified(checkpoint, done, aside) as check,
         CheckpointTensors(checkpoint) as source,
     ):
+        must_be_free(out)  # whoever was writing may have ended meanwhile
         dtype = request.dtype or source.dtype("image_newline")
         rename = NAMES[request.names]
         files = plan_files(model, dtype, rename, request.shard_bytes)
         facts = [FORMAT, done.checkpoint_digest, str(dtype), request.names, request.shard_bytes]
-        facts += _stamps(checkpoint)
+        facts += [dict(done.model), check.stamps]
         identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         digests = write_files(
             source, model, files, rename, aside, identity, request.workers, _say, check
@@ -117,18 +119,21 @@ def export(request: Request) -> None:
         write_checksums(aside, dict(digests))
         check(whole=True)
         if request.final:
-            _certify(request.stage, aside)
+            _certify(request.stage, aside, out)
         (aside / STATE).unlink()
         sync_directory(aside)
         aside.rename(out)
         sync_directory(out.parent)
 
 
-def _certify(stage: Path, folder: Path) -> None:
+def _certify(stage: Path, folder: Path, out: Path) -> None:
     """Run the gate on a folder that has no name yet; ValueError leaves it aside."""
     from tools.parity_gate import certify
 
-    certify(stage, folder, compose([]), Path(sys.executable))
+    try:
+        certify(stage, folder, compose([]), Path(sys.executable))
+    except ValueError as error:
+        raise ValueError(f"{error}; there is no {out}, its files stay in {folder}") from error
 
 
 def verify_checkpoint(directory: Path, workers: int) -> None:
@@ -140,44 +145,63 @@ def verify_checkpoint(directory: Path, workers: int) -> None:
             check.result()
 
 
-class Check(Protocol):
+class Check:
     """Raises CheckpointError as soon as a file of the checkpoint is known to be damaged."""
 
-    def __call__(self, whole: bool = False) -> None: ...
+    def __init__(self, checkpoint: Path, done: Done, pool: Executor):
+        self._checkpoint = checkpoint
+        self.stamps = _stamps(checkpoint)  # before anything is read
+        manifest = read_manifest(checkpoint)
+        if digest_and_fsync(checkpoint / MANIFEST)[1] != done.checkpoint_digest:
+            raise CheckpointError(
+                f"{checkpoint / MANIFEST} is not the one that {DONE} of {done.stage} was written "
+                "for; finish the stage again, or bring its checkpoint back"
+            )
+        self._verdicts = {
+            name: pool.submit(verify_files, checkpoint, manifest, [name]) for name in manifest.files
+        }
+
+    def __call__(self, whole: bool = False) -> None:
+        """With `whole`, wait for the last file, and see that none was replaced meanwhile."""
+        for name, verdict in self._verdicts.items():
+            if whole or verdict.done():
+                try:
+                    verdict.result()
+                except OSError as error:
+                    path = self._checkpoint / name
+                    raise CheckpointError(f"{path} cannot be read ({error})") from error
+        if whole and _stamps(self._checkpoint) != self.stamps:
+            raise CheckpointError(
+                f"{self._checkpoint} was changed while it was read; run the same command again"
+            )
 
 
 @contextmanager
-def _verified(checkpoint: Path, aside: Path) -> Iterator[Check]:
+def _verified(checkpoint: Path, done: Done, aside: Path) -> Iterator[Check]:
     """Verify every file while the tensors are read; `check(whole=True)` waits for the last.
 
     What was written from a damaged checkpoint is removed.
     """
-    manifest = read_manifest(checkpoint)
     with ThreadPoolExecutor(1) as pool:
-        verdicts = [
-            pool.submit(verify_files, checkpoint, manifest, [name]) for name in manifest.files
-        ]
-
-        def check(whole: bool = False) -> None:
-            for verdict in verdicts:
-                if whole or verdict.done():
-                    verdict.result()
-
+        check = Check(checkpoint, done, pool)
         try:
             yield check
         except CheckpointError:
-            for path in aside.iterdir():
-                path.unlink()
+            clear(aside)
             check(whole=True)  # it names the damaged file, where that is why
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _stamps(checkpoint: Path) -> list[object]:
-    """Size and time of every file: what was read from another one must be read again."""
+def _stamps(checkpoint: Path) -> list[list[object]]:
+    """Size and times of every file: what was read from another one must be read again.
+
+    The inode's time, too: a file that is brought back from a copy often keeps the other.
+    """
     files = sorted(path for path in checkpoint.iterdir() if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    found = [(path.name, path.stat()) for path in files]
+    return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found]
 
 
 def _write_small_files(
@@ -216,27 +240,6 @@ def write_checksums(folder: Path, digests: dict[str, str]) -> None:
         sums.writelines(lines)
         sums.flush()
         os.fsync(sums.fileno())
-
-
-@contextmanager
-def _alone(aside: Path) -> Iterator[None]:
-    """The folder aside, for this process only; its lock goes with the process."""
-    lock = aside.with_name(f"{aside.name}.lock")
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{aside} is being written by another export; wait for it") from None
-        if aside.is_symlink() or (aside.exists() and not aside.is_dir()):
-            raise ValueError(f"{aside} is in the way; remove it")
-        aside.mkdir(exist_ok=True)
-        try:
-            yield
-        finally:
-            if aside.is_dir() and not any(aside.iterdir()):  # nothing that could be gone on with
-                aside.rmdir()
-            if not aside.exists():
-                lock.unlink(missing_ok=True)
 
 
 def _say(message: str) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from conf.compose import compose, dump
 from conf.schema import Config, ModelConfig
 from data_shards.chat import ChatTokenizer
+from data_shards.durable import sync_directory
 from models.anyres import AnyresGeometry
 from models.hf_state import (
     Match,
@@ -33,10 +34,12 @@ from models.hf_state import (
     match_text,
     match_vision,
 )
+from pipeline.checkpoint_files import saved_steps
 from pipeline.checkpoint_writer import LazyPart, write_checkpoint
-from pipeline.files import digest_and_fsync, write_atomically
+from pipeline.files import digest_and_fsync, saying_where_full, write_atomically
 from pipeline.handoff import DONE, Done, write_done
 from pipeline.manifest import MANIFEST, Manifest
+from tools.aside import only_one
 from tools.command import required, run, split_arguments
 from tools.hf_config import check_llava, check_text, check_vision, read_config
 from tools.import_weights import lazy_parts, ready_part
@@ -104,6 +107,8 @@ def import_model(
     `language`. Returns the checkpoint's directory.
     Raises ValueError or OSError; without DONE.json nothing is used, so running again is safe.
     """
+    if [step for step in saved_steps(out) if step]:
+        raise ValueError(f"{out} holds a training run's checkpoints; choose another out=")
     model = config.model
     model.check()
     if llava is not None:
@@ -123,6 +128,8 @@ def import_model(
     for change in import_tokenizer(tokenizer, out / "tokenizer", model.image_token_id):
         print(f"note: tokenizer: {change}; build shards with data.tokenizer={out / 'tokenizer'}")
     ids = special_ids(out / "tokenizer")
+    # Before the weights, which take long: its template may be none that can be read.
+    tokenizer_digest = ChatTokenizer.from_directory(out / "tokenizer").digest()
     (out / "processor").mkdir(exist_ok=True)
     write_processor(model, out / "processor")
     write_atomically(out / "config.yaml", dump(config).encode())
@@ -155,6 +162,10 @@ def import_model(
             files={},
         )
         checkpoint = write_checkpoint(parts, out, manifest, workers)
+    for folder in (out / "tokenizer", out / "processor"):
+        for path in folder.iterdir():
+            digest_and_fsync(path)
+        sync_directory(folder)
     done = Done(
         stage="import",
         number=0,
@@ -162,7 +173,7 @@ def import_model(
         checkpoint_digest=digest_and_fsync(checkpoint / MANIFEST)[1],
         step=0,
         model=asdict(model),
-        tokenizer_digest=ChatTokenizer.from_directory(out / "tokenizer").digest(),
+        tokenizer_digest=tokenizer_digest,
         geometry_digest=AnyresGeometry.from_model(model).digest(),
     )
     write_done(out, done)
@@ -179,25 +190,31 @@ def main(arguments: list[str]) -> None:
     vision = None if llava else required(ours, "vision", USAGE)
     language = None if llava else required(ours, "language", USAGE)
     tokenizer = Path(ours.get("tokenizer") or llava or required(ours, "tokenizer", USAGE))
-    if (out / DONE).is_file():
-        print(f"{out} is already imported; remove it to import again")
-        return
     for word in ("seed", "workers"):
         if not ours.get(word, "1").isdigit() or ours.get(word) == "0":
             raise ValueError(f"{word}={ours[word]} is not a positive whole number")
     # What the state-dict adapter left out or enlarged.
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stdout)
     logging.getLogger("models.hf_state").setLevel(logging.INFO)
-    checkpoint = import_model(
-        compose(overrides),
-        out,
-        tokenizer,
-        vision=vision,
-        language=language,
-        llava=llava,
-        seed=int(ours.get("seed") or 1234),
-        workers=int(ours.get("workers") or 2),
-    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.with_name(f".{out.name}.import.lock")
+    with (
+        only_one(lock, f"another import is writing {out}"),
+        saying_where_full(out, "make room and run the same command again"),
+    ):
+        if (out / DONE).is_file():
+            print(f"{out} is already imported; remove it to import again")
+            return
+        checkpoint = import_model(
+            compose(overrides),
+            out,
+            tokenizer,
+            vision=vision,
+            language=language,
+            llava=llava,
+            seed=int(ours.get("seed") or 1234),
+            workers=int(ours.get("workers") or 2),
+        )
     print(f"imported into {checkpoint}")
 
 

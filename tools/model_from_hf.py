@@ -16,11 +16,20 @@ from typing import Any
 import yaml
 
 import conf
+from conf.schema.errors import ConfigError
 from conf.schema.model import ConnectorConfig, ModelConfig, TextConfig, VisionConfig
 from data_shards.durable import replacing
 from models.anyres import pinpoints_up_to
 from tools.command import required, run, split_arguments
-from tools.hf_config import LLAMA_DEFAULTS, SIGLIP_DEFAULTS, read_config, rope_scaling
+from tools.hf_config import (
+    LLAMA_DEFAULTS,
+    SIGLIP_DEFAULTS,
+    numbers_in,
+    read_config,
+    rope_scaling,
+    rope_theta,
+    section,
+)
 from tools.processor_files import IMAGE_TOKEN, read_tokenizer
 
 USAGE = "python -m tools.model_from_hf name=NAME vision=DIR language=DIR | llava=DIR [write=true]"
@@ -36,11 +45,11 @@ class Found:
     assumed: tuple[str, ...]
 
 
-def vision_of(config: dict[str, Any]) -> VisionConfig:
+def vision_of(config: dict[str, Any], path: Path) -> VisionConfig:
     """`model.vision` from a SigLIP configuration."""
     if config.get("model_type") == "siglip":
-        config = config.get("vision_config") or {}
-    found = {**SIGLIP_DEFAULTS, **config}
+        config = section(config, "vision_config", path)
+    found = numbers_in(config, SIGLIP_DEFAULTS, path)
     return VisionConfig(
         hidden_size=found["hidden_size"],
         intermediate_size=found["intermediate_size"],
@@ -54,9 +63,8 @@ def vision_of(config: dict[str, Any]) -> VisionConfig:
 
 def text_of(config: dict[str, Any], path: Path) -> TextConfig:
     """`model.text` from a Llama configuration; the vocabulary is the checkpoint's own."""
-    found = {**LLAMA_DEFAULTS, **config}
+    found = numbers_in(config, LLAMA_DEFAULTS, path)
     heads = found["num_attention_heads"]
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", found["rope_theta"])
     return TextConfig(
         hidden_size=found["hidden_size"],
         intermediate_size=found["intermediate_size"],
@@ -67,7 +75,7 @@ def text_of(config: dict[str, Any], path: Path) -> TextConfig:
         vocab_size=found["vocab_size"],
         max_positions=found["max_position_embeddings"],
         rms_norm_eps=found["rms_norm_eps"],
-        rope_theta=float(theta),
+        rope_theta=rope_theta(config, path),
         rope_scaling=rope_scaling(config, path),
     )
 
@@ -86,7 +94,7 @@ def from_backbones(name: str, vision: Path, language: Path, tokenizer: Path) -> 
         text.vocab_size = -(-(image + 1) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     model = ModelConfig(
         name=name,
-        vision=vision_of(read_config(vision)),
+        vision=vision_of(read_config(vision), vision / "config.json"),
         text=text,
         image_token_id=image,
         max_tiles=MAX_TILES,
@@ -100,14 +108,21 @@ def from_llava(name: str, directory: Path) -> Found:
     config = read_config(directory)
     if config.get("model_type") != "llava_next":
         raise ValueError(f"{path}: model_type={config.get('model_type')!r} is not llava_next")
-    vision = vision_of(config.get("vision_config") or {})
-    vision.feature_layer = int(config.get("vision_feature_layer", -2))
-    pinpoints = [[int(side) for side in pair] for pair in config.get("image_grid_pinpoints", [])]
+    vision = vision_of(section(config, "vision_config", path), path)
+    try:
+        vision.feature_layer = int(config.get("vision_feature_layer", -2))
+        pinpoints = [[int(side) for side in pair] for pair in config["image_grid_pinpoints"]]
+        image = int(config["image_token_index"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: vision_feature_layer, image_grid_pinpoints or image_token_index is not what "
+            f"LLaVA-NeXT writes ({error}); get the checkpoint again"
+        ) from None
     model = ModelConfig(
         name=name,
         vision=vision,
-        text=text_of(config.get("text_config") or {}, path),
-        image_token_id=int(config["image_token_index"]),
+        text=text_of(section(config, "text_config", path), path),
+        image_token_id=image,
         connector=ConnectorConfig(bias=bool(config.get("multimodal_projector_bias", True))),
         pinpoints=pinpoints,
     )
@@ -118,8 +133,15 @@ def from_llava(name: str, directory: Path) -> Found:
 
 
 def as_yaml(found: Found, sources: str) -> str:
-    """The file's text."""
-    found.model.check()
+    """The file's text.
+
+    Raises:
+        ConfigError: what the checkpoints state cannot be a model.
+    """
+    try:
+        found.model.check()
+    except ConfigError as error:
+        raise ConfigError(f"config.json of {sources}: {error}") from None
     values = asdict(found.model)
     if values["text"]["rope_scaling"]["kind"] == "none":
         del values["text"]["rope_scaling"]

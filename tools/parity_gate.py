@@ -135,7 +135,7 @@ def certified(export: Path) -> bool:
         value = json.loads(path.read_text(encoding="utf-8"))
         digest = hashlib.sha256(sums.read_bytes()).hexdigest()
         return bool(value["format"] == FORMAT and value["export_sha256sums"] == digest)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -60,8 +60,12 @@ class SafetensorsDirectory:
                 f"{directory}: the index promises tensor {absent[0]} ({len(absent)} in all), "
                 f"which {promised[absent[0]]} does not hold; {REMEDY}"
             )
-        for file in files:
-            self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for file in files:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the files."""

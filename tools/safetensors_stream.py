@@ -103,21 +103,25 @@ class SafetensorsWriter:
     def finish(self) -> str:
         """SHA-256 of the file, computed behind the writers; then flushes it to disk, and closes.
 
-        Returns once every row has been written, by other threads.
+        Returns once every row has been written, by other threads. The file stays open when it
+        fails itself, for those may still be writing.
 
         Raises:
             Abandoned: `abandon` was called.
+            OSError: the file cannot be read or flushed, or another process cut it.
         """
         digest, at = hashlib.sha256(), 0
         buffer = memoryview(bytearray(_CHUNK))
-        with self._file:
-            while at < self.size:
-                ready = self._ready(at)
-                while at < ready:
-                    count = os.preadv(self._file.fileno(), [buffer[: ready - at]], at)
-                    digest.update(buffer[:count])
-                    at += count
-            os.fsync(self._file.fileno())
+        while at < self.size:
+            ready = self._ready(at)
+            while at < ready:
+                count = os.preadv(self._file.fileno(), [buffer[: ready - at]], at)
+                if not count:
+                    raise OSError(f"{self._file.name} was cut short while it was written")
+                digest.update(buffer[:count])
+                at += count
+        os.fsync(self._file.fileno())
+        self._file.close()
         return digest.hexdigest()
 
     def _ready(self, at: int) -> int:
@@ -125,6 +129,7 @@ class SafetensorsWriter:
         with self._changed:
             self._changed.wait_for(lambda: self._abandoned or self._whole_to > at)
             if self._abandoned:
+                self._file.close()
                 raise Abandoned
             return self._whole_to
 

@@ -27,12 +27,19 @@ class WeightsView:
     def __init__(self, path: Path):
         self._opened = ExitStack()
         self._entries: dict[str, tuple[Entry, int]] = {}
+        self._names: dict[str, str] = {}  # on disk in 4.57.6 -> in the files
         self._source: CheckpointTensors | SafetensorsDirectory
         stage = _stage_of(path)
         if stage is None:
             found = SafetensorsDirectory(path)
             self._source = self._opened.enter_context(found)
-            self._names = {on_disk_name(name): name for name in found.shapes()}
+            for name in found.shapes():
+                other = self._names.setdefault(on_disk_name(name), name)
+                if other != name:
+                    self._opened.close()
+                    raise ValueError(
+                        f"{path}: {name} and {other} are the same tensor; remove one of them"
+                    )
             self._shapes = {new: found.shapes()[name] for new, name in self._names.items()}
             self.what = "Hugging Face"
             return

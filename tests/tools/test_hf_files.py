@@ -25,7 +25,8 @@ from conf.schema.errors import ConfigError
 from data_shards.chat import ChatTokenizer
 from models.anyres import AnyresGeometry
 from tests.tools.small_backbones import IMAGE_ID, OVERRIDES, write_tokenizer
-from tools.hf_config import check_llava, check_text, check_vision, llava_config
+from tools.hf_config import check_llava, check_text, check_vision, llava_config, read_config
+from tools.model_from_hf import as_yaml, from_llava, text_of
 from tools.processor_files import (
     import_tokenizer,
     special_ids,
@@ -70,6 +71,7 @@ def good_vision() -> dict[str, Any]:
 
 
 HERE = Path("config.json")
+NOT_NUMBERS: tuple[Any, ...] = ("64", -64, 0, 2.5, True, [64], {}, 10**40)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,79 @@ def test_vision_fields_are_checked(
     check_vision({"model_type": "siglip", "vision_config": good_vision()}, model, HERE)
     with pytest.raises(ConfigError, match=message):
         check_vision({**good_vision(), **change}, model, HERE)
+
+
+@pytest.mark.parametrize("value", [*NOT_NUMBERS, None], ids=repr)
+@pytest.mark.parametrize(
+    "field", ["hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"]
+)
+def test_sizes_that_are_none_are_named(model: ModelConfig, field: str, value: Any) -> None:
+    hostile = {**good_text(), field: value}
+    with pytest.raises(ConfigError, match=rf"config\.json: {field}=.*is not a positive whole"):
+        check_text(hostile, model, HERE)
+    with pytest.raises(ConfigError, match=rf"config\.json: {field}=.*is not a positive whole"):
+        text_of(hostile, HERE)
+
+
+@pytest.mark.parametrize("value", ["1e4", -1.0, 0, float("nan"), float("inf"), True, [1], None])
+def test_measures_that_are_none_are_named(model: ModelConfig, value: Any) -> None:
+    for field, config in (
+        ("rope_theta", {"rope_theta": value}),
+        ("rope_theta", {"rope_parameters": {"rope_theta": value}}),
+        ("rms_norm_eps", {"rms_norm_eps": value}),
+        (r"rope_scaling\.factor", {"rope_scaling": {"rope_type": "linear", "factor": value}}),
+        (r"rope_scaling\.low_freq", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+    ):
+        with pytest.raises(ConfigError, match=rf"config\.json: {field}.*is not a positive number"):
+            check_text({**good_text(), **config}, model, HERE)
+
+
+@pytest.mark.parametrize("value", ["tall", [1], 7])
+def test_parts_that_are_no_objects_are_named(
+    model: ModelConfig, tmp_path: Path, value: Any
+) -> None:
+    whole = llava_config(model, {}, "float32")
+    for field in ("vision_config", "text_config"):
+        with pytest.raises(ConfigError, match=f"config.json: {field} is not a JSON object"):
+            check_llava({**whole, field: value}, model, HERE)
+        (tmp_path / "config.json").write_text(json.dumps({**whole, field: value}))
+        with pytest.raises(ConfigError, match=f"config.json: {field} is not a JSON object"):
+            from_llava("mine", tmp_path)
+    for field in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ConfigError, match=f"config.json: {field} is not a JSON object"):
+            check_text({**good_text(), field: value}, model, HERE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_token_index": None}, "or image_token_index is not what"),
+        ({"image_token_index": "x"}, "or image_token_index is not what"),
+        ({"image_token_index": 10**30}, "model.image_token_id=1000"),
+        ({"image_grid_pinpoints": 5}, "image_grid_pinpoints or"),
+        ({"image_grid_pinpoints": [["a", 1]]}, "image_grid_pinpoints or"),
+        ({"image_grid_pinpoints": [[-32, 32]]}, "model.pinpoints entry"),
+        ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer, "),
+        ({"vision_feature_layer": 99}, "model.vision.feature_layer=99"),
+    ],
+    ids=str,
+)
+def test_llava_fields_are_checked_before_a_model_is_written(
+    model: ModelConfig, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    whole = llava_config(model, {}, "float32")
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    as_yaml(from_llava("mine", tmp_path), "here")
+    (tmp_path / "config.json").write_text(json.dumps({**whole, **change}))
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        as_yaml(from_llava("mine", tmp_path), "here")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a": ' + "9" * 5000 + "}", "[]", "\udcff"])
+def test_config_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"config\.json.*get the checkpoint again"):
+        read_config(tmp_path)
 
 
 def test_config_is_what_transformers_would_write(model: ModelConfig) -> None:

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -227,20 +229,59 @@ def test_existing_output_and_unfinished_stage_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/nowhere")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a bit": flip_a_bit,
+    "cut short": lambda path: os.truncate(path, path.stat().st_size - 10),
+    "emptied": lambda path: os.truncate(path, 0),
+    "longer": lambda path: path.open("ab").write(b"more"),
+    "missing": Path.unlink,
+    "a link to nothing": link_to_nothing,
+}
+
+
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata", "common.pt", "metadata.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_refused_and_nothing_is_left(
-    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
+    pattern: str,
 ) -> None:
     stage = tmp_path / "import"
     shutil.copytree(run_directory / "import", stage)
-    shard = max(
-        (stage / "checkpoints/step_00000000").glob("*.distcp"), key=lambda p: p.stat().st_size
-    )
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    assert run(hf_export.main, [f"stage={stage}", f"out={tmp_path / 'hf'}"]) == 1
-    assert shard.name in capsys.readouterr().err
+    files = (stage / "checkpoints/step_00000000").glob(pattern)
+    path = max(files, key=lambda p: p.stat().st_size)
+    DAMAGE[damage](path)
+    words = [f"stage={stage}", f"out={tmp_path / 'hf'}"]
+    assert run(hf_export.main, words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and path.name in said
     assert [path.name for path in tmp_path.iterdir()] == ["import"]
+
+
+@pytest.mark.parametrize("template", [b"\xff\xfe", b"{% for %}", b"{{ x"])
+def test_unreadable_template_is_refused_before_the_weights(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: bytes
+) -> None:
+    tokenizer, out = tmp_path / "tokenizer", tmp_path / "import"
+    shutil.copytree(run_directory / "backbones/tokenizer", tokenizer)
+    (tokenizer / "chat_template.jinja").write_bytes(template)
+    words = [f"llava={run_directory / 'hf'}", f"tokenizer={tokenizer}", f"out={out}"]
+    assert run(hf_import.main, [*OVERRIDES, *words]) == 1
+    assert "template" in capsys.readouterr().err
+    assert not (out / "checkpoints").exists() and not (out / "DONE.json").exists()
 
 
 def test_another_tokenizer_is_refused(

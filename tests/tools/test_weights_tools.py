@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.checkpoint_files import step_directory
+from pipeline.checkpoint_tensors import CheckpointTensors
+from pipeline.checkpoint_writer import LazyPart, write_checkpoint
 from pipeline.files import digest_and_fsync
-from pipeline.handoff import read_done, write_done
-from pipeline.manifest import MANIFEST
+from pipeline.handoff import DONE, read_done, write_done
+from pipeline.manifest import MANIFEST, read_manifest
 from tests.tools.small_backbones import OVERRIDES
 from tools import average_checkpoints, diff_checkpoints, hf_export, hf_import
 from tools.command import run
@@ -83,3 +85,33 @@ def test_mean_of_the_last_checkpoints(
     capsys.readouterr()
     assert run(average_checkpoints.main, [f"stage={stage}", "last=4", f"out={tmp_path / 'x'}"]) == 1
     assert "keeps 3 checkpoints, not 4" in capsys.readouterr().err
+
+
+def test_checkpoints_of_different_models_have_no_mean(
+    run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = tmp_path / "stage"
+    source = step_directory(run_directory / "import", 0)
+    with CheckpointTensors(source) as tensors:
+        parts = []
+        for name in tensors.names():
+            shape = tensors.stored_shape(name)
+            rows = (0,) * len(shape)
+            numbers = tensors.read_part(name, rows, shape)
+            if name == "image_newline":
+                numbers = numbers.bfloat16()
+            part = LazyPart(name, shape, rows, shape, numbers.dtype, numbers.clone)
+            parts.append(part)
+    manifest = replace(read_manifest(source), files={})
+    write_checkpoint(parts, stage, replace(manifest, step=1), workers=2)
+    shutil.copytree(source, step_directory(stage, 2))
+    shutil.copyfile(run_directory / "import" / DONE, stage / DONE)
+    words = [f"stage={stage}", f"out={tmp_path / 'mean'}"]
+    assert run(average_checkpoints.main, words) == 1
+    assert "step_00000002 holds other tensors than step_00000001" in capsys.readouterr().err
+    shutil.rmtree(step_directory(stage, 1))
+    write_checkpoint(parts[1:], tmp_path / "less", replace(manifest, step=1), workers=2)
+    shutil.copytree(step_directory(tmp_path / "less", 1), step_directory(stage, 1))
+    assert run(average_checkpoints.main, words) == 1
+    assert f"step_00000001 holds no {parts[0].name}" in capsys.readouterr().err
+    assert not (tmp_path / "mean").exists() and not list(tmp_path.glob(".*"))
