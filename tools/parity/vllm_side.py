@@ -2,11 +2,11 @@
 
     python tools/parity/vllm_side.py EXPORT FOLDER
 
-FOLDER holds spec.json and, for each chat, NAME.ids.npy; it gets vllm.json and NAME.vllm.npz. Nothing
-of this project is imported. vLLM's classes for configuration, chat, pictures, weights and network
-are the ones that `vllm serve` uses, in their PyTorch form; only attention itself, which vLLM has
-compiled for its devices, is PyTorch's here. So batching, the cache of keys and values, quantised and
-compiled kernels are not tried.
+FOLDER holds spec.json and, for each chat, NAME.ids.npy; it gets vllm.json and NAME.vllm.npz.
+Nothing of this project is imported. vLLM's classes for configuration, chat, pictures, weights and
+network are the ones that `vllm serve` uses, in their PyTorch form; only attention itself, which vLLM
+has compiled for its devices, is PyTorch's here. So batching, the cache of keys and values, quantised
+and compiled kernels are not tried.
 """
 
 import json
@@ -31,7 +31,7 @@ def declare_torchvision_operators() -> None:
     vLLM imports it for its image classes; resizing, all that an export needs of it, is plain torch.
     """
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -138,7 +138,7 @@ def start_single_process(config: Any, folder: str) -> None:
         ensure_model_parallel_initialized(1, 1)
 
 
-def build(config: Any, device: str) -> torch.nn.Module:
+def build(config: Any, device: str) -> Any:
     """vLLM's model with its own layers, weights not filled."""
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -153,15 +153,15 @@ def stored(export: Path) -> Iterator[tuple[str, Any]]:
 
     for path in sorted(export.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
+            for name in file.keys():  # it is no mapping
                 yield name, file.get_slice(name)
 
 
 def where_weights_land(model: Any, export: Path) -> dict[str, Any]:
     """Each tensor through vLLM's own loader, by shape alone: no memory is filled.
 
-    Returns left_out (names that it drops), refused (name -> message), unfilled (parameter -> numbers
-    that it has, numbers that came).
+    Returns left_out (names that it drops), refused (name -> message), unfilled (parameter -> the
+    numbers that it has, those that came).
     """
     came: dict[str, int] = {}
     left_out, refused = [], {}
@@ -198,12 +198,18 @@ def wanted_numbers(model: Any) -> dict[str, int]:
 
 def attend(layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
     """Causal attention over one whole sequence, [T, heads * size] each."""
-    heads = [
-        tensor.view(len(tensor), -1, layer.head_size).transpose(0, 1)[None]
-        for tensor in (query, key, value)
-    ]
+
+    def heads(tensor: torch.Tensor) -> torch.Tensor:
+        """[1, heads, T, size]"""
+        return tensor.view(len(tensor), -1, layer.head_size).transpose(0, 1)[None]
+
     out = torch.nn.functional.scaled_dot_product_attention(
-        *heads, is_causal=True, scale=layer.impl.scale, enable_gqa=True
+        heads(query),
+        heads(key),
+        heads(value),
+        is_causal=True,
+        scale=layer.impl.scale,
+        enable_gqa=True,
     )
     return out[0].transpose(0, 1).reshape(len(query), -1)
 
@@ -233,7 +239,7 @@ def tiles(pictures: Any) -> np.ndarray:
     return torch.cat(list(pictures["pixel_values"])).float().numpy()
 
 
-def filled(config: Any, export: Path) -> torch.nn.Module:
+def filled(config: Any, export: Path) -> Any:
     """vLLM's model in memory, with the export's weights and plain attention."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
