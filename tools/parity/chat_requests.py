@@ -51,7 +51,7 @@ def card_request(export: Path) -> dict[str, Any] | None:
 
 def card_case(request: dict[str, Any], geometry: AnyresGeometry) -> Case:
     """The card's question, about a picture of our own."""
-    texts = [part["text"] for part in _parts(request) if part.get("type") == "text"]
+    texts = [str(part.get("text")) for part in _parts(request) if part.get("type") == "text"]
     side = geometry.tile
     return Case(CARD, (picture(6, side + side // 3, side - side // 5),), "\n".join(texts))
 
@@ -62,7 +62,7 @@ def with_picture(request: dict[str, Any], png: bytes, model: str) -> dict[str, A
     request["model"] = model
     for part in _parts(request):
         if part.get("type") == "image_url":
-            part["image_url"]["url"] = data_url(png)
+            part["image_url"] = {"url": data_url(png)}
     return request
 
 

@@ -20,8 +20,8 @@ from tools.processor_files import special_ids
 ARCHITECTURE = "LlavaNextForConditionalGeneration"
 # The same operations in float32, joined and ordered otherwise (fused projections).
 LOGITS = 1e-4
-# vLLM resizes by torchvision unless told otherwise, which was seen to differ from Pillow by one grey
-# level of 255 on smooth pictures and by four on noise; other tiles differ by far more.
+# vLLM resizes by torchvision unless told otherwise, which was seen to differ from Pillow by one
+# grey level of 255 on smooth pictures and by four on noise; other tiles differ by far more.
 GREY_LEVELS = 8
 _SIDE = Path(__file__).with_name("vllm_side.py")
 

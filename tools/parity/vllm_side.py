@@ -4,9 +4,9 @@
 
 FOLDER holds spec.json and, for each chat, NAME.ids.npy; it gets vllm.json and NAME.vllm.npz.
 Nothing of this project is imported. vLLM's classes for configuration, chat, pictures, weights and
-network are the ones that `vllm serve` uses, in their PyTorch form; only attention itself, which vLLM
-has compiled for its devices, is PyTorch's here. So batching, the cache of keys and values, quantised
-and compiled kernels are not tried.
+network are the ones that `vllm serve` uses, in their PyTorch form; only attention itself, which
+vLLM has compiled for its devices, is PyTorch's here. So batching, the cache of keys and values,
+quantised and compiled kernels are not tried.
 """
 
 import json
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -311,11 +312,8 @@ def main(arguments: list[str]) -> int:
         VLLM_CACHE_ROOT=str(folder / "cache"),
         VLLM_NO_USAGE_STATS="1",
     )
+    versions = {name: version(name) for name in ("vllm", "transformers")}
     declare_torchvision_operators()
-    import transformers
-    import vllm
-
-    versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
     report: dict[str, Any] = {**versions, "torch": torch.__version__, "errors": {}}
     spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     answer(spec, export, folder, report)
