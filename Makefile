@@ -182,7 +182,7 @@ export: $(READY) ## STAGE of RUN to a Hugging Face folder, OUT= (default runs/RU
 parity: $(READY) ## the gate: is HF= (default OUT) the model of STAGE of RUN? writes parity.json
 	$(HERE) $(PY) -m tools.parity_gate stage=runs/$(RUN)/$(STAGE) hf=$(or $(HF),$(OUT)) $(ARGS)
 
-serve-check: $(READY) ## does HF= (default OUT) answer the same in transformers 4.57.6 and 5.x
+serve-check: $(READY) ## does HF= (default OUT) answer the same in transformers 4.57.6, 5.x and vLLM
 	$(HERE) $(PY) -m tools.serve_check hf=$(or $(HF),$(OUT)) $(ARGS)
 
 diff: $(READY) ## A= and B=, exports, stages or checkpoints: what differs, tensor by tensor

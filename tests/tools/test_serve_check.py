@@ -3,6 +3,10 @@
 The environments of `make setup-serve` and `make setup-vllm` are asked where they exist.
 """
 
+import json
+import math
+import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +16,16 @@ import numpy as np
 import pytest
 
 from models.anyres import AnyresGeometry
+from tests.models.test_hf_state import KEYS_9B, model_9b
 from tests.tools.parity.test_gate import change_json, change_weights
 from tools import hf_export, serve_check
 from tools.command import run
+from tools.hf_config import llava_config
 from tools.parity import hf_side, network
 from tools.parity.cases import image_sizes
 from tools.parity.finding import Finding
 from tools.parity.vllm_checks import VllmAnswers, ask_vllm, check_vllm
+from tools.processor_files import special_ids
 from tools.serve_check import Answers, Export
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +207,32 @@ def test_vllms_own_code_finds_planted_faults(
     assert "is refused" in found["weights"]
     assert "tokens, trained with" in found["image tokens"]
     assert "2 BOS tokens" in found["chats"]
+
+
+@with_vllm
+@pytest.mark.slow
+def test_the_9bs_names_and_shapes_land_in_vllms_model(export: Export, tmp_path: Path) -> None:
+    """By shape alone, from a file of 19 GB that is all hole."""
+    folder, model = tmp_path / "hf", model_9b()
+    shutil.copytree(export.path, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = llava_config(model, special_ids(folder), "bfloat16")
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for line in KEYS_9B.read_text().splitlines():
+        if not line.startswith("#"):
+            name, shape = line.split("\t")
+            start, end = end, end + 2 * math.prod(json.loads(shape))
+            entry = {"dtype": "BF16", "shape": json.loads(shape), "data_offsets": [start, end]}
+            header[name] = entry
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    sizes = image_sizes(AnyresGeometry.from_model(model))
+    answers = ask_vllm(folder, ROOT / serve_check.VLLM, {}, {}, sizes, network=False)
+    assert not failed(check_vllm(answers, folder, model, {}))
+    assert len(answers.report["weights"]["left_out"]) == 18
+    assert answers.report["tokens"]["most"] == 7776
 
 
 def true_answers(export: Export, own: Answers) -> VllmAnswers:
