@@ -34,7 +34,7 @@ TOKENS = 8
 
 def environment(python: Path, verb: str) -> Any:
     path = ROOT / python
-    return pytest.mark.skipif(not path.exists(), reason=f"no {path}: make {verb} makes it")
+    return pytest.mark.skipif(not path.exists(), reason=f"no {python}: make {verb} makes it")
 
 
 with_transformers_5 = environment(serve_check.HERE, "setup-serve")
@@ -264,6 +264,9 @@ def true_answers(export: Export, own: Answers) -> VllmAnswers:
             tiles = np.concatenate(list(theirs["pixels"]))
             tiles = tiles[np.abs(tiles).max(axis=(1, 2, 3)) > 0]
             arrays[name] |= {"pixels": tiles, "default_pixels": tiles + np.float32(1 / 127.5)}
+            arrays[name]["features"] = theirs["features"]
+        before = np.zeros((int(theirs["first"]), theirs["logits"].shape[1]), np.float32)
+        arrays[name]["logits"] = np.concatenate([before, theirs["logits"]])
     return VllmAnswers(report, arrays)
 
 
@@ -271,30 +274,66 @@ def lose(part: str, **values: Any) -> Callable[[VllmAnswers], None]:
     return lambda answers: answers.report[part].update(values)
 
 
+def shift(key: str, by: float) -> Callable[[VllmAnswers], None]:
+    def plant(answers: VllmAnswers) -> None:
+        answers.arrays["wide"][key] = answers.arrays["wide"][key] + np.float32(by)
+
+    return plant
+
+
+def unable(answers: VllmAnswers) -> None:
+    answers.report["errors"]["network"] = "OSError: no memory"
+    for arrays in answers.arrays.values():
+        arrays.pop("logits"), arrays.pop("features", None)
+
+
 LAST = "vision_tower.vision_model.encoder.layers.2.mlp.fc1.bias"
-FAULTS: dict[str, tuple[Callable[[VllmAnswers], Any], str, str]] = {
-    "class": (lose("config", architecture="LlavaForIt"), "configuration", "LlavaForIt"),
-    "length": (lose("config", max_model_len=256), "configuration", "max_model_len is 256"),
-    "stretch": (lose("config", rope={"rope_theta": 1e4, "rope_type": "yarn"}), "configuration", ""),
-    "lost": (lose("weights", left_out=["image_newline"]), "weights", "image_newline is left out"),
-    "used": (lose("weights", left_out=[LAST.replace(".2.", ".1.")]), "weights", "layers.1"),
-    "count": (lambda answers: answers.report["tokens"]["counts"].reverse(), "image tokens", "px: "),
-    "room": (lose("tokens", most=95), "image tokens", "keeps room for 95"),
-    "format": (lambda answers: answers.report.update(content_format="string"), "chats", "string"),
-    "silent": (lambda answers: answers.arrays.pop("tall"), "chats", "tall: no answer"),
-    "broken": (lose("errors", weights="KeyError: x"), "weights", "KeyError: x"),
-    "network": (lose("errors", network="OSError: no memory"), "logits", "no memory"),
+STRETCHED = {"rope_theta": 1e4, "rope_type": "yarn"}
+# fault -> what plants it, the checks that fail, words of the first one's line
+FAULTS: dict[str, tuple[Callable[[VllmAnswers], Any], tuple[str, ...], str]] = {
+    "class": (lose("config", architecture="LlavaForIt"), ("configuration",), "LlavaForIt"),
+    "length": (lose("config", max_model_len=256), ("configuration",), "max_model_len is 256"),
+    "stretch": (lose("config", rope=STRETCHED), ("configuration",), "rope_type is yarn"),
+    "lost": (lose("weights", left_out=["image_newline"]), ("weights",), "image_newline is left"),
+    "used": (lose("weights", left_out=[LAST.replace(".2.", ".1.")]), ("weights",), "layers.1"),
+    "count": (
+        lambda answers: answers.report["tokens"]["counts"].reverse(),
+        ("image tokens",),
+        "tokens, trained with",
+    ),
+    "room": (lose("tokens", most=95), ("image tokens",), "keeps room for 95"),
+    "format": (
+        lambda answers: answers.report.update(content_format="string"),
+        ("chats",),
+        "'string' content",
+    ),
+    "silent": (
+        lambda answers: answers.arrays.pop("tall"),
+        ("chats", "greedy answers"),
+        "tall: no answer",
+    ),
+    "broken": (lose("errors", weights="KeyError: x"), ("weights",), "KeyError: x"),
+    "unable": (unable, ("logits",), "no memory"),
+    "pixels": (shift("pixels", 1e-3), ("pixels as trained",), "worst: wide"),
+    "resized": (shift("default_pixels", 0.1), ("pixels by default",), "worst: wide"),
+    "features": (shift("features", 2e-4), ("features",), "worst: wide"),
+    "logits": (shift("logits", 2e-4), ("logits",), "worst: wide"),
+    "greedy": (
+        lambda answers: answers.arrays["wide"].update(logits=-answers.arrays["wide"]["logits"]),
+        ("greedy answers", "logits"),
+        "wide: token 0 of the answer",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_check_sees_what_it_is_for(export: Export, own: Answers, fault: str) -> None:
-    plant, name, words = FAULTS[fault]
+    plant, names, words = FAULTS[fault]
     answers = true_answers(export, own)
+    assert not failed(check_vllm(answers, export.path, export.model, own.arrays))
     plant(answers)
     found = failed(check_vllm(answers, export.path, export.model, own.arrays))
-    assert words in found.pop(name)
-    assert not found
+    assert set(found) == set(names) and words in found[names[0]], found
 
 
 def test_a_configuration_that_vllm_refuses_is_the_only_finding(
