@@ -34,6 +34,9 @@ VENV_REMOTE ?= .venv-remote
 REMOTE_READY = $(VENV_REMOTE)/.installed
 # energon, which training does not need; torch and the rest it shares with VENV.
 VENV_SERVE ?= .venv-serve
+# vLLM's own Python code, without its kernels: 47 MB of source instead of 336 MB for CUDA.
+VENV_VLLM ?= .venv-vllm
+VLLM = 0.33.0
 VENV_ENERGON ?= .venv-energon
 # $(call slurm,VERB,MODULE): the module here, or with REMOTE=user@host the verb there, over SSH.
 REMOTE ?=
@@ -51,7 +54,7 @@ HERE = $(if $(REMOTE),$(error REMOTE= goes with stage1, stage2, stage3, pipeline
 	steer and array; give `make $@` there))$(SHOW)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-remote setup-energon setup-serve demo test lint format shards stage1 stage2 stage3 pipeline status logs \
+.PHONY: help setup setup-remote setup-energon setup-serve setup-vllm demo test lint format shards stage1 stage2 stage3 pipeline status logs \
 	cancel steer array import export parity serve-check diff average eval plan dryrun profile bench report
 
 help: ## this list
@@ -113,6 +116,20 @@ $(VENV_SERVE)/.installed: constraints-serve.txt | $(READY)
 		-c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/shared.pth"
 	@touch $@
 
+setup-vllm: $(VENV_VLLM)/.installed ## make .venv-vllm, vLLM's code without its kernels, for serve-check
+
+$(VENV_VLLM)/.installed: constraints-vllm.txt | $(READY)
+	@test -x $(VENV_VLLM)/bin/python || $(PY) -m venv $(VENV_VLLM)
+	@echo 'installing vLLM, without its kernels, into $(VENV_VLLM) (a minute)'
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > "$$($(VENV_VLLM)/bin/python \
+		-c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/shared.pth"
+	@$(VENV_VLLM)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+		-r constraints-vllm.txt
+	@VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) $(VENV_VLLM)/bin/python -m pip \
+		--disable-pip-version-check --quiet install --no-deps --no-build-isolation \
+		--no-binary vllm vllm==$(VLLM)
+	@touch $@
+
 demo: $(READY) ## the whole pipeline in miniature, to runs/demo/report.html
 	$(HERE) $(PY) -m tools.demo run=$(RUN) $(ARGS)
 
@@ -165,7 +182,7 @@ export: $(READY) ## STAGE of RUN to a Hugging Face folder, OUT= (default runs/RU
 parity: $(READY) ## the gate: is HF= (default OUT) the model of STAGE of RUN? writes parity.json
 	$(HERE) $(PY) -m tools.parity_gate stage=runs/$(RUN)/$(STAGE) hf=$(or $(HF),$(OUT)) $(ARGS)
 
-serve-check: $(READY) ## does HF= (default OUT) answer the same in transformers 4.57.6 and 5.x
+serve-check: $(READY) ## does HF= (default OUT) answer the same in transformers 4.57.6, 5.x and vLLM
 	$(HERE) $(PY) -m tools.serve_check hf=$(or $(HF),$(OUT)) $(ARGS)
 
 diff: $(READY) ## A= and B=, exports, stages or checkpoints: what differs, tensor by tensor
