@@ -36,6 +36,7 @@ from pipeline.manifest import CheckpointError, Manifest, read_manifest, verify_f
 from pipeline.optimizer_state import load_optimizer, sharded_optimizer
 from pipeline.rng import rng_state, set_rng_state
 from pipeline.safe_pickle import check_metadata
+from pipeline.write_results import use_shared_file
 
 
 @dataclass
@@ -98,6 +99,7 @@ def write_request(state: TrainingState, directory: Path) -> Any:
 
     Rank 0 has written what is not sharded (`common.pt`). All ranks call it.
     """
+    use_shared_file()
     return dist_checkpointing.save(
         state.sharded(loading=False, with_rng=True),
         str(directory),
@@ -116,6 +118,7 @@ def save(state: TrainingState, stage_dir: Path, keep: int) -> Path:
     """
     place = open_aside(stage_dir, state.step)
     try:
+        use_shared_file()
         with signals_held():
             dist_checkpointing.save(state.sharded(loading=False, with_rng=True), str(place.aside))
         dist.barrier()
