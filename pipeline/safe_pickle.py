@@ -94,8 +94,10 @@ def read_metadata(directory: Path) -> Any:
         TypeError,
         ValueError,
         OSError,
+        MemoryError,  # of a length that a flipped bit made huge
+        RecursionError,
     ) as error:
         raise CheckpointError(
-            f"{path} is not a checkpoint index that can be trusted ({error}); "
+            f"{path} is not a checkpoint index that can be trusted ({error or 'no memory'}); "
             "use another checkpoint"
         ) from None

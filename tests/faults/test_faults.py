@@ -77,8 +77,9 @@ def test_undisturbed(runs: dict[str, Future[Ended]]) -> None:
     assert {stage: len(losses) for stage, losses in ended.losses.items()} == dict.fromkeys(
         ("stage1", "stage2", "stage3"), STEPS
     )
-    # A segment and a verifier for each stage, and the export: nothing of the spare ones ran.
-    assert (ended.jobs, ended.restarts, ended.attempts) == (7, 0, 3)
+    # A segment and a verifier for each stage, and the export; a spare segment that began before it
+    # was cancelled has started no ranks.
+    assert ended.jobs >= 7 and (ended.restarts, ended.attempts) == (0, 3)
 
 
 @pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan])

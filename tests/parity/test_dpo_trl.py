@@ -25,7 +25,7 @@ from models.anyres import AnyresGeometry
 from models.hf_state import from_hf
 from tests.tools.small_backbones import OVERRIDES, write_backbones
 from tools.hf_config import llava_config
-from tools.hf_import import fresh_connector, read_backbones
+from tools.hf_import import fresh_connector
 from tools.processor_files import special_ids, write_processor, write_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -84,14 +84,17 @@ class Files:
 def files(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Files:
     import json
 
-    from models.hf_state import to_hf
-    from tools.safetensors_files import write_weights
+    from models.hf_state import from_hf_text, from_hf_vision, to_hf
+    from tests.tools.weights import read_weights, write_weights
 
     root = tmp_path_factory.mktemp("dpo")
     vision, language, tokenizer = write_backbones(root)
     (tokenizer / "chat_template.jinja").write_text(TEMPLATE)
-    megatron = read_backbones(vision, language, model, seed=1, fused_norms=False)
-    assert set(fresh_connector(model, 1)) < set(megatron)
+    megatron = {
+        **from_hf_vision(read_weights(vision), model),
+        **from_hf_text(read_weights(language), model),
+        **fresh_connector(model, seed=1),
+    }
     reference = to_hf(megatron, model)
     draw = torch.Generator().manual_seed(5)
     policy = {
@@ -177,7 +180,7 @@ def our_result(files: Files, policy: Path, model: ModelConfig, multiple: int) ->
     from models.llava_next import MODULES
     from pipeline.batch import DeviceBatch
     from pipeline.objectives.preference import PreferenceObjective, ReferenceObjective
-    from tools.safetensors_files import read_weights
+    from tests.tools.weights import read_weights
     from tools.single_process import fill, whole_model
 
     tokenizer = ChatTokenizer.from_directory(files.tokenizer)

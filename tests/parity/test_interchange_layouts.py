@@ -15,11 +15,11 @@ from pipeline.handoff import read_done, write_done
 from pipeline.manifest import MANIFEST
 from tests.distributed import megatron, run_ranks
 from tests.tools.small_backbones import OVERRIDES, write_tokenizer
+from tests.tools.weights import read_weights
 from tools import hf_export, hf_import
 from tools.command import run
 from tools.hf_config import llava_config
 from tools.processor_files import special_ids
-from tools.safetensors_files import read_weights
 
 SMALL = [*OVERRIDES, "model.text.kv_heads=4"]
 # One decoder layer and two vision layers of AMALIA-VL's own widths, with few words.

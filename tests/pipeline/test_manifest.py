@@ -90,7 +90,17 @@ def test_foreign_pickle_is_not_executed(tmp_path: Path) -> None:
     assert not victim.exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x04", b"garbage"])
+# The last two name a length that no memory holds.
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x80\x04",
+        b"garbage",
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"\x80\x04\x8e" + b"\x10" * 8,
+    ],
+)
 def test_damaged_index(tmp_path: Path, data: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"\.metadata"):

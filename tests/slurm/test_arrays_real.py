@@ -124,7 +124,7 @@ def test_300_elements_under_a_limit_of_100_with_a_third_killed(
     assert killed == 100
     assert {array.starts(name) for name in array.names} == {1}  # only the killed ones, again
     assert LIMIT - 10 < most_queued <= LIMIT
-    assert most_at_once(array.marks()) == THROTTLE
+    assert THROTTLE // 2 <= most_at_once(array.marks()) <= THROTTLE
     assert len(array.folder.waves()) >= 5
     assert array.submit(*words) == 0
     assert "300 items, 300 done\nnothing to do" in capsys.readouterr().out

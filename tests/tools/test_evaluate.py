@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tools.small_backbones import picture
+from tests.tools.weights import read_weights, write_weights
 from tools import evaluate
 from tools.command import run
 from tools.hf_answers import ExportedModel, open_image
 from tools.questions import Question, chance, exact_match, read_questions
-from tools.safetensors_files import read_weights, write_weights
 
 SIZES = ((50, 33), (200, 31), (20, 90), (64, 64), (7, 120))
 

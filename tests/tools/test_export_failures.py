@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.manifest import CheckpointError
+from tests.tools.weights import read_weights
 from tools import export_weights, hf_export
-from tools.safetensors_files import read_weights
 from tools.safetensors_stream import Abandoned, SafetensorsWriter, TensorSpec
 
 LIMIT_S = 60

@@ -35,7 +35,7 @@ from tools.processor_files import (
 from tools.processor_files import (
     write_tokenizer as export_tokenizer,
 )
-from tools.safetensors_files import read_weights, write_weights
+from tools.safetensors_reader import SafetensorsDirectory
 
 
 @pytest.fixture(scope="module")
@@ -335,43 +335,29 @@ def test_damaged_tokenizers_are_named(
         import_tokenizer(tmp_path / "in", tmp_path / "out", IMAGE_ID)
 
 
-def test_weights_in_one_file_or_several(tmp_path: Path) -> None:
-    tensors = {f"t{n}": torch.randn(10, 10) for n in range(5)}
-    tensors["view"] = tensors["t0"].T
-    for shards, directory in ((1, tmp_path / "one"), (3, tmp_path / "several")):
-        directory.mkdir()
-        write_weights(tensors, directory, shard_bytes=10**9 if shards == 1 else 800)
-        assert len(list(directory.glob("*.safetensors"))) == shards
-        back = read_weights(directory)
-        assert set(back) == set(tensors)
-        assert all(torch.equal(back[name], tensors[name]) for name in tensors)
-    index = json.loads((tmp_path / "several/model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 6 * 400
-
-
 def test_bad_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a directory"):
-        read_weights(tmp_path / "nowhere")
+        SafetensorsDirectory(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
-        read_weights(tmp_path)
+        SafetensorsDirectory(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(ValueError, match="pickled weights only"):
-        read_weights(tmp_path)
+        SafetensorsDirectory(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
     with pytest.raises(ValueError, match="not a file of its own directory"):
-        read_weights(tmp_path)
+        SafetensorsDirectory(tmp_path)
     save_file({"b": torch.zeros(1)}, tmp_path / "part.safetensors")
     index.write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
     with pytest.raises(ValueError, match="promises tensor a"):
-        read_weights(tmp_path)
+        SafetensorsDirectory(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(ValueError, match="gone.safetensors is missing"):
-        read_weights(tmp_path)
+        SafetensorsDirectory(tmp_path)
     index.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        read_weights(tmp_path)
+        SafetensorsDirectory(tmp_path)
     shutil.copyfile(tmp_path / "part.safetensors", tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        read_weights(tmp_path)
+        SafetensorsDirectory(tmp_path)

@@ -21,11 +21,11 @@ from models.anyres import AnyresGeometry
 from models.hf_state import VOCABULARY_TABLES
 from pipeline.handoff import read_done
 from tests.tools.small_backbones import OVERRIDES, picture
+from tests.tools.weights import read_weights
 from tools import export_weights, hf_export, hf_import
 from tools.command import run
 from tools.hf_answers import ExportedModel
 from tools.questions import Pair, Question
-from tools.safetensors_files import read_weights
 
 
 def test_import_is_a_finished_stage(

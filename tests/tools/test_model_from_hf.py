@@ -7,9 +7,9 @@ import yaml
 
 from conf.compose import compose
 from tests.tools.small_backbones import write_tokenizer
+from tests.tools.weights import read_weights
 from tools import hf_import, model_from_hf
 from tools.command import run
-from tools.safetensors_files import read_weights
 
 
 def flat(values: dict, prefix: str = "model") -> list[str]:

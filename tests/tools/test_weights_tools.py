@@ -16,9 +16,9 @@ from pipeline.files import digest_and_fsync
 from pipeline.handoff import DONE, read_done, write_done
 from pipeline.manifest import MANIFEST, read_manifest
 from tests.tools.small_backbones import OVERRIDES
+from tests.tools.weights import read_weights
 from tools import average_checkpoints, diff_checkpoints, hf_export, hf_import
 from tools.command import run
-from tools.safetensors_files import read_weights
 
 NAME = "language_model.model.layers.2.mlp.up_proj.weight"
 

@@ -22,10 +22,10 @@ from conf.compose import compose
 from data_shards import images
 from slurm.local import free_port
 from tests.tools.small_backbones import OVERRIDES, write_backbones
+from tests.tools.weights import read_weights
 from tools import hf_export, hf_import, parity_gate
 from tools.command import run
 from tools.parity import hf_side, megatron_rank, network
-from tools.safetensors_files import read_weights
 
 TOKENS = 8
 THETA = 500_000.0
