@@ -65,10 +65,14 @@ def test_accounting_knows_jobs_and_limits(slurm_accounting: ThrowAwaySlurm) -> N
 
 def test_preemption_requeues(slurm_accounting: ThrowAwaySlurm) -> None:
     slurm = slurm_accounting
-    script = "srun sh -c 'trap \"echo task told\" USR2; sleep 60 & wait; sleep 60'"
+    script = "srun sh -c 'trap \"echo task told\" USR2; echo ready; sleep 60 & wait; sleep 60'"
     everything = ("--nodes=4", "--exclusive", "--open-mode=append", "--signal=USR2@60")
     victim = slurm.sbatch("--qos=acc_ehpc", "--requeue", *everything, wrap=script)
     slurm.wait(victim, "RUNNING")
+    end = time.monotonic() + 60
+    while "ready" not in slurm.output(victim):  # a task that could hear it
+        assert time.monotonic() < end, slurm.output(victim)
+        time.sleep(0.1)
     winner = slurm.sbatch("--qos=preemptor", *everything, wrap="sleep 1")
     assert slurm.wait(winner) == "COMPLETED"
     slurm.wait(victim, "RUNNING", timeout=60)
