@@ -52,17 +52,18 @@ def check_checksums(export: Path, say: Callable[[str], None]) -> Finding:
 
 
 def check_fields(export: Path, model: ModelConfig) -> Finding:
-    """config.json, preprocessor_config.json and processor_config.json against the trained model."""
+    """The settings of model, generation and processor against the trained model."""
     problems = []
     ids = special_ids(export)
     found = read_json(export / "config.json", "the configuration", "export again")
     problems += _differences(found, llava_config(model, ids, str(found.get("dtype"))), "")
-    for name, expected in processor_settings(model).items():
+    others = {**processor_settings(model), "generation_config.json": ids}
+    for name, expected in others.items():
         if not (export / name).is_file():
             problems.append(f"{name} is missing")
             continue
         problems += _differences(
-            read_json(export / name, "the processor's settings", "export again"), expected, name
+            read_json(export / name, "settings", "export again"), expected, name
         )
     return yes_or_no("settings", problems, "every field is the trained model's")
 

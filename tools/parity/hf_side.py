@@ -55,7 +55,10 @@ def answer(processor: Any, model: Any, case: dict[str, Any], folder: Path, token
     if images:
         out["pixels"] = batch["pixel_values"].float().cpu().numpy()
         out["features"] = features_of(model, batch).float().cpu().numpy()
+    # As many tokens in any case: until then the end tokens are held back.
     written = model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    ends = model.generation_config.eos_token_id
+    out["ends"] = np.array([] if ends is None else ends, np.int64).reshape(-1)
     prompt = batch["input_ids"].shape[1]
     batch["input_ids"] = written
     batch["attention_mask"] = torch.ones_like(written)

@@ -211,7 +211,10 @@ def _greedy(ours: dict[str, Any], theirs: dict[str, Any], sides: Sides) -> Findi
     problems = []
     for name, arrays in theirs.items():
         ids, prompt = arrays["ids"], int(arrays["prompt"])
-        chosen = ours[name]["top"][: len(ids), 0][prompt - 1 : -1]
+        top = ours[name]["top"][: len(ids)][prompt - 1 : -1]
+        # The other side has held the end tokens back.
+        allowed = ~np.isin(top, arrays["ends"])
+        chosen = top[np.arange(len(top)), allowed.argmax(axis=1)]
         if chosen.shape != ids[prompt:].shape:
             problems.append(f"{name}: the prompts differ in length")
             continue

@@ -270,7 +270,9 @@ def check_greedy(answers: VllmAnswers, theirs: Mapping[str, Mapping[str, np.ndar
             problems.append(f"{name}: no answer")
             continue
         ids, prompt = arrays["ids"], int(arrays["prompt"])
-        chosen = answers.arrays[name]["logits"][prompt - 1 : -1].argmax(axis=1)
+        logits = answers.arrays[name]["logits"][prompt - 1 : -1].copy()
+        logits[:, arrays["ends"]] = -np.inf  # held back on the other side
+        chosen = logits.argmax(axis=1)
         differing = np.flatnonzero(chosen != ids[prompt:])
         if len(differing):
             problems.append(f"{name}: token {int(differing[0])} of the answer is another")

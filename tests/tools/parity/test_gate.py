@@ -196,6 +196,28 @@ def test_rounded_weights_pass_and_are_said(stage: Path, tmp_path: Path, dtype: s
     assert weights.detail.endswith(f"rounded from float32 to {dtype}")
 
 
+@pytest.mark.usefixtures("in_process")
+def test_an_end_token_within_the_answer_is_held_back_on_both_sides(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(stage.parent / "hf", folder)
+    original, seen = network._greedy, dict[str, Any]()
+
+    def spy(ours: Any, theirs: Any, sides: Any) -> Any:
+        seen.update(theirs)
+        return original(ours, theirs, sides)
+
+    monkeypatch.setattr(network, "_greedy", spy)
+    assert not failures(stage, folder)
+    end = int(seen["text only"]["ids"][-TOKENS])  # the answer's first token
+    change_json(folder / "generation_config.json", lambda config: config.update(eos_token_id=end))
+    (folder / "SHA256SUMS").unlink()
+    hf_export.write_checksums(folder, {})
+    assert set(failures(stage, folder)) == {"settings"}
+    assert end not in seen["text only"]["ids"][-TOKENS:]
+
+
 def test_changed_file_and_missing_file_are_named(stage: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     shutil.copytree(stage.parent / "hf", folder)
