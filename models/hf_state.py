@@ -197,20 +197,6 @@ def from_hf(
     return _joined(state, match_llava(shapes_of(state), model), fused_norms)
 
 
-def from_hf_vision(
-    state: Mapping[str, Tensor], model: ModelConfig, fused_norms: bool = False
-) -> dict[str, Tensor]:
-    """`SiglipVisionModel` (or the vision half of `SiglipModel`) -> `vision_tower.*` parameters."""
-    return _joined(state, match_vision(shapes_of(state), model), fused_norms)
-
-
-def from_hf_text(
-    state: Mapping[str, Tensor], model: ModelConfig, fused_norms: bool = False
-) -> dict[str, Tensor]:
-    """`LlamaForCausalLM` -> `language_model.*` parameters."""
-    return _joined(state, match_text(shapes_of(state), model), fused_norms)
-
-
 @dataclass(frozen=True)
 class Match:
     """A Megatron tensor and the tensors of a checkpoint, by their names there, that make it up."""

@@ -166,6 +166,12 @@ def import_model(
         for path in folder.iterdir():
             digest_and_fsync(path)
         sync_directory(folder)
+    finish_import(out, checkpoint, model, tokenizer_digest)
+    return checkpoint
+
+
+def finish_import(out: Path, checkpoint: Path, model: ModelConfig, tokenizer_digest: str) -> None:
+    """Write DONE.json of an import whose files are all there."""
     done = Done(
         stage="import",
         number=0,
@@ -177,7 +183,6 @@ def import_model(
         geometry_digest=AnyresGeometry.from_model(model).digest(),
     )
     write_done(out, done)
-    return checkpoint
 
 
 def main(arguments: list[str]) -> None:

@@ -30,6 +30,7 @@ from tools.parity.chat_requests import CARD, card_case, card_request, request_of
 from tools.parity.finding import Finding, largest_difference, yes_or_no
 from tools.parity.network import GREEDY, ask_transformers
 from tools.parity.vllm_checks import ask_vllm, check_vllm
+from tools.parity_gate import certified
 from tools.processor_files import read_tokenizer
 
 USAGE = (
@@ -175,6 +176,8 @@ def main(arguments: list[str]) -> None:
     tokens = int(ours.get("tokens") or GREEDY)
     listed = ours.get("pythons", str(HERE)).strip("[]").split(",")
     findings: list[Finding] = []
+    if not certified(export.path):
+        print(f"note: {export.path} has no certificate of its files; make parity writes one")
     own = ask(export, Path(sys.executable), tokens)
     print(f"transformers {own.version} loads the folder and answers")
     for python in [Path(word.strip()) for word in listed if word.strip()]:

@@ -9,8 +9,9 @@ import torch
 from conf.schema import ModelConfig, TextConfig, VisionConfig
 from models.hf_state import (
     from_hf,
-    from_hf_text,
-    from_hf_vision,
+    match_text,
+    match_vision,
+    shapes_of,
     table,
     text_table,
     to_hf,
@@ -161,11 +162,15 @@ def test_backbones_give_the_same_as_the_whole() -> None:
         for entry in text_table(small())
         for name in entry.hf
     }
-    parts = {**from_hf_vision(vision, small()), **from_hf_text(text, small())}
+    parts = {
+        found.entry.megatron: found.entry.join([state[name] for name in found.theirs])
+        for match, state in ((match_vision, vision), (match_text, text))
+        for found in match(shapes_of(state), small())
+    }
     assert set(whole) - set(parts) == {n for n in whole if n.startswith(("connector", "image_"))}
     assert all(torch.equal(parts[name], whole[name]) for name in parts)
     siglip = {**vision, "text_model.embeddings.x": torch.zeros(2), "logit_scale": torch.zeros(1)}
-    assert set(from_hf_vision(siglip, small())) == set(from_hf_vision(vision, small()))
+    assert match_vision(shapes_of(siglip), small()) == match_vision(shapes_of(vision), small())
 
 
 def test_vocabulary_grows_by_the_mean_row() -> None:

@@ -84,18 +84,18 @@ class Files:
 def files(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Files:
     import json
 
-    from models.hf_state import from_hf_text, from_hf_vision, to_hf
+    from models.hf_state import connector_table, to_hf
     from tests.tools.weights import read_weights, write_weights
 
     root = tmp_path_factory.mktemp("dpo")
     vision, language, tokenizer = write_backbones(root)
     (tokenizer / "chat_template.jinja").write_text(TEMPLATE)
-    megatron = {
-        **from_hf_vision(read_weights(vision), model),
-        **from_hf_text(read_weights(language), model),
-        **fresh_connector(model, seed=1),
-    }
-    reference = to_hf(megatron, model)
+    fresh = fresh_connector(model, seed=1)
+    whole = {entry.hf[0]: fresh[entry.megatron] for entry in connector_table(model)}
+    whole |= {f"vision_tower.{name}": tensor for name, tensor in read_weights(vision).items()}
+    whole |= {f"language_model.{name}": tensor for name, tensor in read_weights(language).items()}
+    # A vocabulary that grows, and a pooling head that is left out, come back as exports have them.
+    reference = to_hf(from_hf(whole, model), model)
     draw = torch.Generator().manual_seed(5)
     policy = {
         name: tensor + 0.06 * torch.randn(tensor.shape, generator=draw)

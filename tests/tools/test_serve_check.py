@@ -106,6 +106,7 @@ def test_what_is_not_tried_is_said(export: Export, capsys: pytest.CaptureFixture
     words = [f"hf={export.path}", "pythons=[nowhere/python]", "vllm=nowhere/vllm", "tokens=8"]
     assert run(serve_check.main, words) == 0
     told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith("has no certificate of its files; make parity writes one")
     assert [line for line in told if line.startswith("not tried: ")] == [
         "not tried: nowhere/python does not exist (make setup-serve makes .venv-serve/bin/python)",
         "not tried: vLLM's code, nowhere/vllm does not exist "

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,15 +21,12 @@ from torch import Tensor
 from conf.compose import compose, dump
 from conf.schema import ModelConfig
 from data_shards.chat import ChatTokenizer
-from models.anyres import AnyresGeometry
 from models.hf_state import Entry, table
 from pipeline.checkpoint_writer import LazyPart, write_checkpoint
-from pipeline.files import digest_and_fsync
-from pipeline.handoff import Done, write_done
-from pipeline.manifest import MANIFEST, Manifest
+from pipeline.manifest import Manifest
 from tools.benchmarks.machine import facts
 from tools.benchmarks.table import Section
-from tools.hf_import import stacked_layers
+from tools.hf_import import finish_import, stacked_layers
 from tools.import_weights import checkpoint_name
 
 GIB = 1 << 30
@@ -91,17 +87,8 @@ def write_stage(stage: Path, overrides: list[str]) -> tuple[ModelConfig, int]:
     (stage / "config.yaml").write_text(dump(config))
     manifest = Manifest(0, 0, "bench", "bench", {"world_size": 1}, "bench", {})
     checkpoint = write_checkpoint(list(random_parts(model)), stage, manifest, workers=2)
-    done = Done(
-        stage="import",
-        number=0,
-        checkpoint=str(checkpoint.relative_to(stage)),
-        checkpoint_digest=digest_and_fsync(checkpoint / MANIFEST)[1],
-        step=0,
-        model=asdict(model),
-        tokenizer_digest=ChatTokenizer.from_directory(stage / "tokenizer").digest(),
-        geometry_digest=AnyresGeometry.from_model(model).digest(),
-    )
-    write_done(stage, done)
+    tokenizer_digest = ChatTokenizer.from_directory(stage / "tokenizer").digest()
+    finish_import(stage, checkpoint, model, tokenizer_digest)
     return model, sum(path.stat().st_size for path in checkpoint.iterdir())
 
 
